@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,20 @@ from fgvc.data.index import ImageIndex, decode_row
 from fgvc.data.sources.auto import with_table
 from fgvc.data.sources.read import read_source
 from fgvc.errors import FgvcError, ImageError
-from fgvc.evaluation.preprocessing import IMAGES, NORMALISATIONS, SECONDS, Alternative, Search, sample_rows, search
-from fgvc.images.preprocess import described
+from fgvc.evaluation.assignment import Order, cross_scored, output_order
+from fgvc.evaluation.preprocessing import (
+    BATCH,
+    COARSE,
+    FEWEST_A_CLASS,
+    IMAGES,
+    NORMALISATIONS,
+    SECONDS,
+    Alternative,
+    Search,
+    sample_rows,
+    search,
+)
+from fgvc.images.preprocess import described, preprocess
 from fgvc.io.display import Display, table
 from fgvc.io.files import StrPath
 from fgvc.io.names import few, nearest
@@ -29,6 +41,7 @@ from fgvc.runtime.labels import labels_of
 
 MAX_PIXELS_HELD = 150_000_000  # of all images, which are kept decoded
 BYTES = "0 to 255"  # the one normalisation of a file that takes whole numbers
+KNOWN = 0.5  # share of right answers, in whatever order, from which an order is believed rather than what somebody states
 UNASSIGNED = "?"  # in place of a class, for an output that is of none among the images
 
 
@@ -54,14 +67,7 @@ class FileSearch(Display):
     def labels(self) -> tuple[str, ...]:
         """A class an output, as the answers show them; where they show none as stated, or UNASSIGNED."""
         order = self.search.order
-        stated = order.stated or (UNASSIGNED,) * len(order.assigned)
-        if self.order_holds and order.stated:
-            return order.stated
-        free = [name for name in stated if name not in order.assigned]
-        return tuple(
-            name if name is not None else stated[k] if stated[k] in free else UNASSIGNED
-            for k, name in enumerate(order.assigned)
-        )
+        return order.stated if self.order_holds and order.stated else _shown(order)
 
     def numbers(self) -> dict[str, Any]:
         """For JSON."""
@@ -171,6 +177,36 @@ def search_file(
     )  # fmt: skip
     spec = result.best.spec.model_copy(update={"network": file.record})
     return FileSearch(path=path, spec=spec, search=result, labels_source=source)
+
+
+def _shown(order: Order) -> tuple[str, ...]:
+    """A class an output, as the answers show them; where they show none as stated, or UNASSIGNED."""
+    stated = order.stated or (UNASSIGNED,) * len(order.assigned)
+    free = [name for name in stated if name not in order.assigned]
+    return tuple(
+        name if name is not None else stated[k] if stated[k] in free else UNASSIGNED
+        for k, name in enumerate(order.assigned)
+    )
+
+
+def other_labels(
+    path: Path, index: ImageIndex, *, stated: Sequence[str], spec: Preprocess
+) -> tuple[str, ...] | None:
+    """A class an output, where a file that is fed as `spec` says knows the classes of these images (more than half of them,
+    each by the order that the other half shows), but in another order than `stated`; None: nothing denies that."""
+    session = OnnxSession(path, classes=len(stated))
+    limit = min(IMAGES, max(COARSE, FEWEST_A_CLASS * len(index.classes)))
+    try:
+        pictures, labels = _pictures(index, limit)
+    except FgvcError:  # too few of a class
+        return None
+    answers = np.concatenate(
+        [_log_probabilities(session, np.stack([preprocess(p, spec) for p in pictures[at : at + BATCH]]))
+         for at in range(0, len(pictures), BATCH)]
+    )  # fmt: skip
+    order = output_order(answers, labels, index.classes, stated)
+    known = cross_scored(answers, labels)[1].mean() > KNOWN
+    return _shown(order) if known and order.other and order.decided else None
 
 
 def _log_probabilities(session: OnnxSession, x: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -34,6 +34,13 @@ class Divided:
         splits = self.index.splits[self.rows]
         return {name: int((splits == number).sum()) for number, name in enumerate(SPLITS)}
 
+    @property
+    def unjudged(self) -> ImageIndex:
+        """The images that are learned from or choose."""
+        rows = self.rows[self.index.splits[self.rows] != SPLITS.index("test")]
+        columns = {name: getattr(self.index, name)[rows] for name in ("paths", "labels", "splits")}
+        return replace(self.index, **columns, groups=None, boxes=None, parts=None, part_names=())
+
     def table(self) -> str:
         """The images as CSV, for `data.kind: csv`."""
         index = self.index
@@ -60,7 +67,9 @@ def divide(root: Path, *, deployed: bool, seen: Seen = "train", unseen: Path | N
         raise FgvcError(f"{root}: {len(index.classes)} class; a classifier needs two")
     given = set(index.given_splits)
     if unseen is not None:
-        index, seen = with_folder(index, unseen, where="--unseen"), "train"
+        if seen != "train":
+            raise FgvcError(f"--unseen {unseen}: says which images the file has not seen, and --seen {seen} does, too: give one")
+        index = with_folder(index, unseen, where="--unseen")
     elif not deployed or (seen != "train" and not given):
         index = read_source(AutoData(root=root, val_fraction=0.0 if "val" in given else CHOOSE))
     if not deployed:

@@ -6,7 +6,7 @@ Decided once and recorded: `task.json`, `images.csv`, and `deployed/` with the f
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +20,7 @@ from fgvc.config.shipped import recipe_file
 from fgvc.data.deployed import PREPROCESS
 from fgvc.data.unseen import Seen
 from fgvc.errors import FgvcError, UndecidedError
-from fgvc.evaluation.file_preprocessing import UNASSIGNED, search_file
+from fgvc.evaluation.file_preprocessing import UNASSIGNED, other_labels, search_file
 from fgvc.exporting.inspect import inspect_file
 from fgvc.images.preprocess import described
 from fgvc.improvement.images import Divided, divide, refuse_faulty
@@ -69,6 +69,7 @@ class Request:
         options = {
             "labels": self.labels, "preprocess": self.preprocess, "unseen": self.unseen, "unlabelled": self.unlabelled,
             "size": size, "seen": None if self.seen == "train" else self.seen, "seed": self.seed or None,
+            "min-gain": self.min_gain, "max-negative-flips": self.max_negative_flips,
         }  # fmt: skip
         for option, value in [*options.items(), *(("start", text) for text in self.starts)]:
             words += [] if value is None else [f"--{option}", str(value)]
@@ -185,7 +186,7 @@ def _of_file(request: Request, file: Path, models: Sequence[Model], out: Path, s
     names, warnings = _several(
         lambda: _checked_names(names, divided, inspection.classes, file), lambda: refuse_faulty(divided)
     )
-    spec, names = _spec(request, file, names, divided, out, say)
+    spec, names = _spec(request, file, names, divided, out, say, source=None if stated is None else stated.source)
     deployed.keep_file(out, file, names)
     kept = (out / deployed.FOLDER / file.name).absolute()
     write_atomic(kept.with_name(PREPROCESS), as_json(spec.model_dump(mode="json")))
@@ -205,7 +206,7 @@ def _of_file(request: Request, file: Path, models: Sequence[Model], out: Path, s
         counts=divided.counts,
         rule=divided.rule,
         recipe=_recipe(settings, divided, out, request.seed),
-        starts=tuple({"name": model.backbone, "weights": model.weights} for model in models if model.backbone == twin),
+        starts=_starts(model for model in models if model.backbone == twin),
         teachers=_teachers(model for model in models if model.backbone != twin),
         keeps_answers=request.max_negative_flips is not None,
         unlabelled=unlabelled,
@@ -233,28 +234,40 @@ def _checked_names(
 
 
 def _spec(
-    request: Request, file: Path, names: tuple[str, ...] | None, divided: Divided, out: Path, say: Say
+    request: Request, file: Path, names: tuple[str, ...] | None, divided: Divided, out: Path, say: Say, *, source: str | None
 ) -> tuple[Preprocess, tuple[str, ...]]:
-    """How the file is fed, and its labels: as stated, else as its answers say. Raises FgvcError where that is not plain."""
+    """How the file is fed, and its labels: as stated, else as its answers about images that do not judge say. Raises FgvcError
+    where that is not plain, or where these deny what is stated (`source`: what says the labels, but --labels)."""
     beside = request.preprocess if request.preprocess is not None else file.with_name(PREPROCESS)
+    index = divided.unjudged
     if beside.is_file() and names is not None:
-        return read_preprocess(beside), names
+        spec = read_preprocess(beside)
+        if (shown := other_labels(file, index, stated=names, spec=spec)) is not None:
+            raise _other_order(shown, source, out)
+        return spec, names
     asked = file
     if names is not None:
         deployed.keep_file(out, file, names)
         asked = out / deployed.FOLDER / file.name
     result = search_file(
-        asked, request.data, size=request.size, seconds=min(100.0, SEARCH_SHARE * request.budget), progress=lambda line: None
+        asked, request.data, index=index, size=request.size, seconds=min(100.0, SEARCH_SHARE * request.budget),
+        progress=lambda line: None,
     )
     for line in result.lines():
         say(line)
     if result.search.undecided:
         raise UndecidedError("these images do not tell how the file is fed, see above: state it, --preprocess FILE")
     if not result.order_holds or UNASSIGNED in result.labels:
-        labels = out / "labels.found.txt"
-        write_atomic(labels, "".join(f"{name}\n" for name in result.labels))
-        raise FgvcError(f"the file's labels are in another order than stated (above): {labels} has the likeliest; give --labels")
+        raise _other_order(result.labels, source, out)
     return (read_preprocess(beside) if beside.is_file() else result.spec), result.labels
+
+
+def _other_order(shown: Sequence[str], source: str | None, out: Path) -> FgvcError:
+    """The error for labels in another order than the file's answers show, which is written beside."""
+    labels = out / "labels.found.txt"
+    write_atomic(labels, "".join(f"{name}\n" for name in shown))
+    where, advice = ("stated", "give it as --labels") if source is None else (f"{source} says", "mend that by it")
+    return FgvcError(f"the file's labels are in another order than {where}: {labels} has the likeliest; look at it, and {advice}")
 
 
 def _of_name(request: Request, models: Sequence[Model], out: Path, say: Say) -> Task:
@@ -300,6 +313,14 @@ def _unlabelled(request: Request, divided: Divided, say: Say) -> tuple[str, ...]
     listed = list_unlabelled(request.unlabelled, divided, seed=request.seed)
     say(f"{request.unlabelled}: {listed}")
     return listed.paths
+
+
+def _starts(models: Iterable[Model]) -> tuple[Mapping[str, Any], ...]:
+    """Other first weights of one net, by names of their own."""
+    return tuple(
+        {"name": model.backbone if n == 1 else f"{model.backbone}-{n}", "weights": model.weights}
+        for n, model in enumerate(models, 1)
+    )
 
 
 def _teachers(models: Any) -> tuple[Mapping[str, Any], ...]:

@@ -53,6 +53,17 @@ def test_copies_of_what_is_learned_from_are_left_out(pictures: Path, tmp_path: P
     assert "1 near cop" in divided.rule
 
 
+def test_what_is_asked_before_training_does_not_judge(pictures: Path) -> None:
+    divided = divide(pictures, deployed=True)
+    asked = {str(pictures / path) for path in divided.unjudged.paths.tolist()}
+    assert asked == paths(pictures, divided.table(), "train") | paths(pictures, divided.table(), "val")
+
+
+def test_two_words_on_what_was_seen_are_too_many(pictures: Path) -> None:
+    with pytest.raises(FgvcError, match="give one"):
+        divide(pictures / "train", deployed=True, seen="none", unseen=pictures / "test")
+
+
 def test_all_were_collected_after_it_was_trained(pictures: Path) -> None:
     divided = divide(pictures / "test", deployed=True, seen="none")
     assert divided.counts["train"] > 100
