@@ -27,7 +27,7 @@ from fgvc.improvement.ladder import BASE, FINAL, PLAIN, Plan, candidates, plan_l
 from fgvc.improvement.on_ray import refuse_missing_ray
 from fgvc.improvement.page import write_page
 from fgvc.improvement.rungs import Ladder, write_recipe
-from fgvc.improvement.search import join, refuse_missing
+from fgvc.improvement.search import LOCK, held, join, refuse_missing
 from fgvc.improvement.side_by_side import Job, Workers, last_json, workers
 from fgvc.improvement.task import Request, Task, look
 from fgvc.improvement.verdict import Verdict, judge, read_verdict
@@ -154,10 +154,7 @@ def run_improvement(request: Request, out: Path, *, on_ray: bool = False, dry_ru
 
 def _held(out: Path) -> bool:
     """Whether another process works in the folder, and has its plan."""
-    if not (out / "plan.json").is_file():
-        return False
-    with file_lock(out / ".lock") as locked:
-        return not locked
+    return (out / "plan.json").is_file() and held(out)
 
 
 def _joined(request: Request, out: Path) -> Improvement:
@@ -172,10 +169,11 @@ def _joined(request: Request, out: Path) -> Improvement:
 @contextmanager
 def _claimed(out: Path) -> Iterator[Clock]:
     """Hold the folder, so that this process alone works there, and count the working time."""
-    if out.is_dir() and any(out.iterdir()) and not (out / "clock.json").is_file():
+    others = out.is_dir() and any(not entry.name.startswith(".") for entry in out.iterdir())  # a kill leaves .lock, at first
+    if others and not (out / "clock.json").is_file():
         raise FgvcError(f"{out}: not empty, and not the folder of an improvement; choose another --out")
     make_folder(out)
-    with file_lock(lock := out / ".lock") as locked:
+    with file_lock(lock := out / LOCK) as locked:
         if not locked:
             raise FgvcError(f"{out}: is being worked on by {holder(lock)}; wait for it, or choose another --out")
         clock = Clock(out / "clock.json")
@@ -271,14 +269,14 @@ def _judge(task: Task, ladder: Ladder, out: Path, gate: Gate, view: View, standi
     candidate = out / "candidate"
     view.say(f"exporting {ladder.ships.name}, with all proofs")
     export(ladder.ships, candidate, overwrite=True)
-    plain = ladder.run(PLAIN) if (ladder.run(PLAIN) / "ckpt").is_dir() else None
+    plain = ladder.run(PLAIN) if ladder.has_run(PLAIN) else None
     # Without a file the baseline is the plain recipe, which may be what ships.
     old = Path(task.file) if task.file is not None else plain or ladder.ships
     answers = _answers(old, candidate, ladder)
     others = {}
     if plain is not None:
         others["plain"] = _right(answers, plain, None)
-    floors = (_right(answers, ladder.run(name), "floor") for name in (FINAL, BASE) if ladder.run(name).is_dir())
+    floors = (_right(answers, ladder.run(name), "floor") for name in (FINAL, BASE) if ladder.has_run(name))
     others["floor"] = next((right for right in floors if right is not None), None)
     verdict = judge(answers.paired, gate, {name: right for name, right in others.items() if right is not None})
     start = float(standing.mean()) if len(standing) else None

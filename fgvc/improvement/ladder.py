@@ -175,11 +175,12 @@ def _ladders(task: Task, timings: Mapping[str, Timing]) -> list[tuple[tuple[str,
         return [((FINAL, PLAIN), 1)]
     if not known:
         return [((BASE, FINAL), 1)]
-    tuned = (TEACHER,) if TEACHER in timings else ()
+    taught = (TAUGHT,) if TAUGHT in timings or not task.teachers else ()  # else there is a teacher, which can't teach
+    tuned = (TEACHER,) if taught and TEACHER in timings else ()
     return [
-        ((BASE, *known, *tuned, TAUGHT, FINAL, PLAIN), 12),
-        ((BASE, known[0], *tuned, TAUGHT, FINAL, PLAIN), 8),
-        ((BASE, known[0], TAUGHT, FINAL, PLAIN), 8),
+        ((BASE, *known, *tuned, *taught, FINAL, PLAIN), 12),
+        ((BASE, known[0], *tuned, *taught, FINAL, PLAIN), 8),
+        ((BASE, known[0], *taught, FINAL, PLAIN), 8),
         ((BASE, known[0], FINAL, PLAIN), 6),
         ((BASE, FINAL), 1),
     ]

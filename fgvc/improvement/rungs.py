@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import math
 import os
 import shutil
@@ -163,6 +164,10 @@ class Ladder:
             count = write_named(self.task.unlabelled, self.run(teacher), self.out / "images.csv", self._named)
             self.say(f"{teacher} names {count} of the {len(self.task.unlabelled)} images without labels, the others are left out")
 
+    def has_run(self, name: str) -> bool:
+        """Whether a rung was run to its end."""
+        return self._is(name, "done")
+
     def _is(self, name: str, status: Status) -> bool:
         return name in self.outcomes and self.outcomes[name].status == status
 
@@ -187,7 +192,7 @@ class Ladder:
             name = ended.job.name
             if ended.stopped:
                 self._set(name, Outcome(status="dropped", reason="its time was up", seconds=ended.seconds))
-            elif ended.code and shutil.disk_usage(self.out).free < LEAST_FREE:  # no fault of the rung's: it goes on later
+            elif ended.code and self._is_full(ended.message):  # no fault of the rung's: it goes on later
                 raise FgvcError(f"{self.out}: its disk is full: {ended.message}")
             elif ended.code:
                 self._set(name, Outcome(status="failed", reason=ended.message, seconds=ended.seconds))
@@ -197,6 +202,11 @@ class Ladder:
         for rung in rungs:
             if rung.name not in self.outcomes:
                 self._set(rung.name, Outcome(status="dropped", reason="the time was up before it began"))
+
+    def _is_full(self, message: str) -> bool:
+        """Whether a process that failed did so for want of space: on the disk, or of the user's quota."""
+        words = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT)]
+        return any(word in message for word in words) or shutil.disk_usage(self.out).free < LEAST_FREE
 
     def _seconds(self, name: str, seconds: float) -> float:
         """Seconds of a run's training, over all sessions, where they are more than this session's."""
@@ -281,7 +291,7 @@ class Ladder:
 
     def _ship(self) -> None:
         """Train the best again, on the images that chose as well, which then ships by rule; and the plain recipe beside it."""
-        is_plain = self.best == BASE and self.choices["share"] == 1
+        is_plain = self.best == BASE and not self._start and self.choices["share"] == 1
         if is_plain and PLAIN not in self.outcomes and self.plan.of("ship")[-1].name == PLAIN:
             self._set(PLAIN, Outcome(status="dropped", reason="what ships is the plain recipe"))
         self._run("ship")
@@ -290,10 +300,10 @@ class Ladder:
         ships, share = FINAL if self._is(FINAL, "done") else best, self.choices.get("share", 1.0)
         if ships is None:
             raise FgvcError(f"{self.run(FINAL)}: {self.outcomes[FINAL].reason}, and nothing else could ship; give more --budget")
-        if ships == FINAL and self.task.chooses and share < 1:
-            ships = f"{FINAL}-{BETWEEN}"
+        if share < 1:  # of the way from the start of what ships; of the best rung it is there
+            end, ships = ships, f"{ships}-{BETWEEN}"
             if not self.run(ships).exists():
-                interpolate(self.run(FINAL), self.run(ships), share=share)
+                interpolate(self.run(end), self.run(ships), share=share)
         self.choices["ships"] = ships
         self._store()
 

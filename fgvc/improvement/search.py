@@ -21,13 +21,14 @@ from fgvc.config.recipe import Recipe
 from fgvc.config.techniques import enabled_techniques
 from fgvc.errors import FgvcError
 from fgvc.improvement.side_by_side import Job, Workers
-from fgvc.io.files import write_atomic
+from fgvc.io.files import file_lock, write_atomic
 from fgvc.runtime.bundle import read_json
 
 if TYPE_CHECKING:
     import optuna
 
-JOURNAL, STUDY, SPACE = "journal.log", "improve", "search.json"
+JOURNAL, STUDY, SPACE, LOCK = "journal.log", "improve", "search.json", ".lock"
+WAIT = 1.0  # seconds between two looks whether a search has begun
 WARM_UP = 0.25  # share of a trial's epochs before it may be pruned
 FIRST_TRIALS = 4  # that are never pruned
 
@@ -135,14 +136,23 @@ def _job(out: Path, name: str, trial: optuna.Trial, recipe: Recipe, space: Space
 
 
 def join(out: Path, *, slots: int, seed: int, pool: Workers, say: Say) -> None:
-    """Share the search of the process that holds the folder: wait until it begins, and run trials until it ends."""
+    """Share the search of the process that holds the folder: wait until it begins, and run trials until it ends. Raises FgvcError
+    where that process ends before."""
     say(f"{out}: another process works there: sharing its search when that begins")
     while not (out / SPACE).is_file():
         if (out / "verdict.json").is_file():
             return
-        time.sleep(1.0)
+        if not held(out):
+            raise FgvcError(f"{out}: the process that worked there has ended before its search; the same command goes on")
+        time.sleep(WAIT)
     space = Space(**read_json(out / SPACE, dict))
     search(out, space, slots=slots, seed=seed, pool=pool, tick=lambda running: None, say=say)
+
+
+def held(out: Path) -> bool:
+    """Whether a process works in the folder of an improvement."""
+    with file_lock(out / LOCK) as locked:
+        return not locked
 
 
 class _Pruning:
@@ -201,7 +211,7 @@ def _tell(study: optuna.Study, trial: optuna.Trial, watch: _Pruning, code: int, 
 def best_trial(out: Path, seed: int) -> tuple[str, dict[str, Any]] | None:
     """Name and settings of the best finished trial; None: there is none."""
     study = open_study(out, seed)
-    done = [trial for trial in study.trials if trial.value is not None]
+    done = [trial for trial in study.trials if trial.state.name == "COMPLETE"]  # a pruned one has a value, too
     if not done:
         return None
     best = max(done, key=lambda trial: (trial.value or 0.0, -trial.number))

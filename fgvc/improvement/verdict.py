@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import binomtest
 
 from fgvc.evaluation.paired import Gate, Paired, gain_interval
 
@@ -76,12 +76,13 @@ def judge(pair: Paired, gate: Gate, others: Mapping[str, NDArray[np.bool_]]) -> 
 
 
 def images_that_would_decide(pair: Paired) -> int | None:
-    """How many images, with flips in these shares, would put the interval of the gain above 0; None: the gain is not above 0, or
-    is so small that MOST times as many would not."""
+    """How many images, with flips in these shares, would show the gain; None: it is not above 0, or is so small that MOST times
+    as many would not."""
     wins, losses, images = int(pair.positive.sum()), int(pair.negative.sum()), pair.images
 
     def shown(times: float) -> bool:
-        return gain_interval(wins * times, losses * times, images * times)[0] > 0
+        low, _ = gain_interval(wins * times, losses * times, images * times)
+        return low > 0 and binomtest(round(wins * times), round((wins + losses) * times)).pvalue < ALPHA
 
     if wins <= losses or not shown(MOST):
         return None
@@ -94,8 +95,3 @@ def images_that_would_decide(pair: Paired) -> int | None:
 
 def read_verdict(stored: Mapping[str, Any]) -> Verdict:
     return Verdict(**{**stored, "failures": tuple(stored["failures"])})
-
-
-def candidate_folder(out: Path) -> Path:
-    """Where the proven model lies until it is judged, and stays where it is not better."""
-    return out / "candidate"

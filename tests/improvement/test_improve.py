@@ -19,7 +19,7 @@ from fgvc.cli.app import main
 from fgvc.errors import FgvcError, NoUnseenImagesError
 from fgvc.evaluation.side import open_sides
 from fgvc.exporting.deployed import compare_written
-from fgvc.improvement.improve import run_improvement
+from fgvc.improvement.improve import _claimed, run_improvement
 from fgvc.improvement.rungs import right_on_choose
 from fgvc.improvement.side_by_side import Job
 from fgvc.improvement.task import look
@@ -131,6 +131,30 @@ def test_labels_that_are_not_beside_the_file(deployed: Path, pictures: Path, tmp
     assert onnx.load(task.file).graph.node
     again = look(request_for(tmp_path / "file" / "net.onnx", pictures, labels=labels), tmp_path / "out", lambda line: None)
     assert (again.classes, again.recipe, again.counts) == (task.classes, task.recipe, task.counts)
+
+
+def test_labels_in_another_order_than_the_answers(better: Path, pictures: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").mkdir()
+    for name in ("model.onnx", "preprocess.json"):
+        shutil.copy(better / "bundle" / name, tmp_path / "file" / name)
+    swapped = [NAMES[1], NAMES[0], *NAMES[2:]]
+    (tmp_path / "file" / "labels.json").write_text(json.dumps(swapped))
+    with pytest.raises(FgvcError, match="another order than .*labels.json says"):
+        look(request_for(tmp_path / "file" / "model.onnx", pictures), tmp_path / "out", lambda line: None)
+    assert (tmp_path / "out" / "labels.found.txt").read_text().split() == list(NAMES)
+
+
+def test_the_command_on_the_page_asks_for_the_same(deployed: Path, pictures: Path) -> None:
+    words = request_for(deployed, pictures, min_gain=0.0, max_negative_flips="0.5%").command(Path("a b")).split("--")
+    assert {"min-gain 0.0 ", "max-negative-flips 0.5%"} <= set(words)
+    assert "-o 'a b' " in words[1]
+
+
+def test_a_folder_that_a_kill_left_at_its_first_line_is_no_other(tmp_path: Path) -> None:
+    (tmp_path / ".lock").touch()
+    with _claimed(tmp_path) as clock:
+        assert clock.seconds < 60
+    assert (tmp_path / "clock.json").is_file()
 
 
 def test_a_folder_of_other_files_is_refused(deployed: Path, pictures: Path, tmp_path: Path) -> None:

@@ -58,6 +58,12 @@ def test_a_larger_net_at_hand_teaches_and_is_tuned_where_there_is_time() -> None
     assert next(rung for rung in long.rungs if rung.name == TEACHER).settings["image"]["size"] == [224, 224]
 
 
+def test_a_teacher_that_can_not_be_timed_teaches_nothing() -> None:
+    plan = plan_ladder(task(teacher=True), timings(), budget=4 * 3600, spent=60, slots=2)
+    assert {TAUGHT, TEACHER}.isdisjoint(names(plan))
+    assert portfolio()[1]["name"] in names(plan)
+
+
 @given(
     budget=st.floats(130, 40_000), spent=st.floats(0, 60), step=st.floats(0.01, 5), slots=st.integers(1, 4),
     choose=st.sampled_from([0, 200, 5000]), teacher=st.booleans(),

@@ -11,8 +11,9 @@ import pytest
 
 from fgvc.config.loading import merge, validate
 from fgvc.config.recipe import Recipe
+from fgvc.errors import FgvcError
 from fgvc.improvement.rungs import right_on_choose
-from fgvc.improvement.search import Space, best_trial, open_study, scores, search, suggested, winner
+from fgvc.improvement.search import Space, best_trial, join, open_study, scores, search, suggested, winner
 from fgvc.improvement.side_by_side import workers
 
 
@@ -42,7 +43,7 @@ def test_a_search_runs_trials_and_another_goes_on_with_it(tree: dict[str, object
         (tmp_path / folder).mkdir()
     lines: list[str] = []
     with workers() as pool:
-        space = Space(recipe=tree, epochs=2, seconds=0.1, deadline=time.time() + 60)
+        space = Space(recipe=tree, epochs=2, seconds=0.1, deadline=time.time() + 600)
 
         def look(running: object) -> None:
             if (tmp_path / "runs" / "trial-1" / "ckpt" / "last").exists():
@@ -60,3 +61,18 @@ def test_a_search_runs_trials_and_another_goes_on_with_it(tree: dict[str, object
     assert best is not None
     assert values[int(best[0].removeprefix("trial-"))] == max(v for v in values.values() if v is not None)
     assert any(line.startswith("trial-0: ") for line in lines)
+
+
+def test_a_trial_that_was_stopped_is_not_the_best(tmp_path: Path) -> None:
+    study = open_study(tmp_path, 0)
+    for value, state in ((0.9, optuna.trial.TrialState.PRUNED), (0.5, None)):
+        trial = study.ask()
+        trial.set_user_attr("settings", {})
+        trial.report(value, 1)
+        study.tell(trial, value if state is None else None, state=state)
+    assert best_trial(tmp_path, 0) == ("trial-1", {})
+
+
+def test_nobody_waits_for_the_search_of_a_process_that_was_killed(tmp_path: Path) -> None:
+    with workers() as pool, pytest.raises(FgvcError, match="the same command goes on"):
+        join(tmp_path, slots=1, seed=0, pool=pool, say=lambda line: None)

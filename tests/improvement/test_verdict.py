@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 
 from fgvc.evaluation.paired import Gate, compare_predictions, gain_interval
 from fgvc.improvement.rungs import wins
-from fgvc.improvement.verdict import judge, read_verdict
+from fgvc.improvement.verdict import ALPHA, judge, read_verdict
 
 
 def test_answers_swapped_at_random_are_seldom_called_better() -> None:
@@ -46,10 +47,24 @@ def test_a_small_gain_says_how_many_images_would_show_it() -> None:
     verdict = judge(compare_predictions(labels, old, new), Gate(), {})
     assert not verdict.better
     assert verdict.would_decide is not None
-    for times, decided in ((verdict.would_decide / 200, True), (0.95 * verdict.would_decide / 200, False)):
-        assert (gain_interval(10 * times, 5 * times, 200 * times)[0] > 0) == decided
+    for times, decided in ((verdict.would_decide / 200, True), (0.9 * verdict.would_decide / 200, False)):
+        p = binomtest(round(10 * times), round(15 * times)).pvalue
+        assert (gain_interval(10 * times, 5 * times, 200 * times)[0] > 0 and p < ALPHA) == decided
     worse = judge(compare_predictions(labels, new, old), Gate(), {})
     assert worse.would_decide is None
+
+
+def test_an_interval_above_0_that_the_exact_test_denies_needs_more_images() -> None:
+    labels, old = np.zeros(200, int), np.repeat([0, 1], 100)
+    new = old.copy()
+    new[100:110], new[:2] = 0, 1
+    verdict = judge(compare_predictions(labels, old, new), Gate(), {})
+    assert verdict.low > 0
+    assert verdict.p > ALPHA
+    assert not verdict.better
+    assert verdict.would_decide is not None
+    times = verdict.would_decide / 200
+    assert binomtest(round(10 * times), round(12 * times)).pvalue < ALPHA
 
 
 def test_a_rung_must_win_by_more_than_one_standard_error() -> None:
