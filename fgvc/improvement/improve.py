@@ -101,8 +101,9 @@ def improve(
     KeyboardInterrupt after saving.
     """
     request = Request(
-        target=str(target), data=Path(data), budget=seconds_of(budget), labels=_path(labels), preprocess=_path(preprocess),
-        seen=seen if seen in ("train", "none") else Path(seen),  # type: ignore[arg-type]
+        target=str(target), data=Path(data).expanduser(), budget=seconds_of(budget),
+        labels=_path(labels), preprocess=_path(preprocess),
+        seen=seen if seen in ("train", "none") else Path(seen).expanduser(),  # type: ignore[arg-type]
         unseen=_path(unseen), unlabelled=_path(unlabelled), starts=tuple(starts), size=size, seed=seed,
         search=search, min_gain=min_gain, max_negative_flips=max_negative_flips,
     )  # fmt: skip
@@ -110,7 +111,7 @@ def improve(
 
 
 def _path(place: str | Path | None) -> Path | None:
-    return None if place is None else Path(place)
+    return None if place is None else Path(place).expanduser()
 
 
 def run_improvement(request: Request, out: Path, *, on_ray: bool = False, dry_run: bool = False) -> Improvement:

@@ -167,6 +167,8 @@ def _refuse_absent(request: Request) -> None:
     ):  # fmt: skip
         if path is not None and not path.expanduser().exists():
             raise FgvcError(f"{option}{path}: no such file or folder")
+        if path is not None and option in ("--labels ", "--preprocess ") and path.is_dir():
+            raise FgvcError(f"{option}{path}: is a folder; name the file in it")
     if request.file is None:
         refuse_unknown(request.target)
 

@@ -103,6 +103,11 @@ def test_all_that_is_missing_is_said_at_once(deployed: Path, tmp_path: Path) -> 
     assert "gone.safetensors" in str(error.value)
 
 
+def test_a_folder_is_no_file_with_the_preprocessing(deployed: Path, pictures: Path, tmp_path: Path) -> None:
+    with pytest.raises(FgvcError, match="name the file in it"):
+        look(request_for(deployed, pictures, preprocess=deployed.parent), tmp_path / "out", lambda line: None)
+
+
 def test_files_that_can_not_be_improved(deployed: Path, pictures: Path, tmp_path: Path) -> None:
     (tmp_path / "file").mkdir()
     shutil.copy(deployed, tmp_path / "file" / "net.onnx")
