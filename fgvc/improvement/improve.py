@@ -28,7 +28,7 @@ from fgvc.improvement.on_ray import refuse_missing_ray
 from fgvc.improvement.page import write_page
 from fgvc.improvement.rungs import Ladder, write_recipe
 from fgvc.improvement.search import LOCK, held, join, refuse_missing
-from fgvc.improvement.side_by_side import Job, Workers, last_json, workers
+from fgvc.improvement.side_by_side import Ended, Job, Workers, last_json, workers
 from fgvc.improvement.task import Request, Task, look
 from fgvc.improvement.verdict import Verdict, judge, read_verdict
 from fgvc.improvement.view import View
@@ -235,13 +235,16 @@ def _timings(
         write_recipe(task, settings, path)
         jobs.append(Job(name, ("time", str(path)), out / "logs" / f"time-{name}.log"))
     timings: dict[str, Timing] = {}
-    for ended in pool.run(jobs, slots=slots, until=lambda: clock.seconds > budget, tick=lambda running: clock.tick()):
+
+    def note(ended: Ended) -> None:
         if ended.code == 0:
             timings[ended.job.name] = Timing(**last_json(ended.job.log))
         elif ended.job.name == BASE:
             raise FgvcError(f"the plain recipe can't be trained here: {ended.message}")
         else:
             view.say(f"{ended.job.name} is left out: {ended.message}")
+
+    pool.run(jobs, slots=slots, until=lambda: clock.seconds > budget, tick=lambda running: clock.tick(), done=note)
     if BASE not in timings:
         raise FgvcError(f"--budget: {budget / 60:.0f} min are over before a single step is timed")
     if (need := slots * max(timing.peak_bytes for timing in timings.values())) > MEMORY_SHARE * _free_memory():

@@ -38,7 +38,7 @@ from fgvc.improvement.ladder import (
 )
 from fgvc.improvement.on_ray import share_on_ray
 from fgvc.improvement.search import SPACE, Space, best_trial, search
-from fgvc.improvement.side_by_side import Job, Workers
+from fgvc.improvement.side_by_side import Ended, Job, Workers
 from fgvc.improvement.task import Task
 from fgvc.improvement.unlabelled import write_named
 from fgvc.io.files import as_json, make_folder, write_atomic
@@ -188,20 +188,25 @@ class Ladder:
         ends = [rung.latest_start + rung.seconds for rung in rungs if rung.latest_start is not None]
         latest = max(ends, default=1.1 * self.plan.budget - self.plan.shipping)  # what ships can be a little late
         jobs = [self._job(rung) for rung in rungs]
-        for ended in self.pool.run(jobs, slots=self.plan.slots, until=lambda: self.clock.seconds > latest, tick=self.tick):
-            name = ended.job.name
-            if ended.stopped:
-                self._set(name, Outcome(status="dropped", reason="its time was up", seconds=ended.seconds))
-            elif ended.code and self._is_full(ended.message):  # no fault of the rung's: it goes on later
-                raise FgvcError(f"{self.out}: its disk is full: {ended.message}")
-            elif ended.code:
-                self._set(name, Outcome(status="failed", reason=ended.message, seconds=ended.seconds))
-            else:
-                right, seconds = right_on_choose(self.run(name)), self._seconds(name, ended.seconds)
-                self._set(name, Outcome(status="done", right=int(right.sum()), of=len(right), seconds=seconds))
+        self.pool.run(
+            jobs, slots=self.plan.slots, until=lambda: self.clock.seconds > latest, tick=self.tick, done=self._note
+        )
         for rung in rungs:
             if rung.name not in self.outcomes:
                 self._set(rung.name, Outcome(status="dropped", reason="the time was up before it began"))
+
+    def _note(self, ended: Ended) -> None:
+        """Record how a rung ended. Raises FgvcError where the disk is full: no fault of the rung's, it goes on later."""
+        name = ended.job.name
+        if ended.stopped:
+            self._set(name, Outcome(status="dropped", reason="its time was up", seconds=ended.seconds))
+        elif ended.code and self._is_full(ended.message):
+            raise FgvcError(f"{self.out}: its disk is full: {ended.message}")
+        elif ended.code:
+            self._set(name, Outcome(status="failed", reason=ended.message, seconds=ended.seconds))
+        else:
+            right, seconds = right_on_choose(self.run(name)), self._seconds(name, ended.seconds)
+            self._set(name, Outcome(status="done", right=int(right.sum()), of=len(right), seconds=seconds))
 
     def _is_full(self, message: str) -> bool:
         """Whether a process that failed did so for want of space: on the disk, or of the user's quota."""

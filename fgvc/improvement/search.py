@@ -20,7 +20,7 @@ from fgvc.config.loading import merge, validate
 from fgvc.config.recipe import Recipe
 from fgvc.config.techniques import enabled_techniques
 from fgvc.errors import FgvcError
-from fgvc.improvement.side_by_side import Job, Workers
+from fgvc.improvement.side_by_side import Ended, Job, Workers
 from fgvc.io.files import file_lock, write_atomic
 from fgvc.runtime.bundle import read_json
 
@@ -119,8 +119,10 @@ def search(
                 pool.stop(name)
             tick(running)
 
-        for ended in pool.run(jobs, slots=slots, until=lambda: space.left <= 0, tick=look):
+        def tell(ended: Ended, trials: Mapping[str, optuna.Trial] = trials, watch: _Pruning = watch) -> None:
             _tell(study, trials[ended.job.name], watch, ended.code, say)
+
+        pool.run(jobs, slots=slots, until=lambda: space.left <= 0, tick=look, done=tell)
 
 
 def _job(out: Path, name: str, trial: optuna.Trial, recipe: Recipe, space: Space) -> Job:

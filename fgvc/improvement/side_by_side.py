@@ -62,7 +62,7 @@ class Workers:
     def _started(self) -> subprocess.Popen[bytes]:
         if self._server is None:
             self._server = subprocess.Popen(
-                [sys.executable, "-m", "fgvc.improvement.work"],
+                [sys.executable, "-P", "-m", "fgvc.improvement.work"],  # -P: whatever modules lie in the working directory
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 process_group=0,  # Ctrl-C is for the command, which stops them
@@ -72,12 +72,18 @@ class Workers:
         return self._server
 
     def run(
-        self, jobs: Sequence[Job], *, slots: int, until: Callable[[], bool], tick: Callable[[Sequence[Job]], None]
-    ) -> list[Ended]:
-        """Run all jobs, `slots` at a time. `until`: whether time is up, when all are stopped, those that do not end within
-        PATIENCE killed, and none is begun; `tick(running)` is called a few times a second. Whatever is raised on the way, all are
-        stopped first: each saves a checkpoint."""
-        waiting, ended, running = list(jobs), list[Ended](), dict[str, tuple[Job, float, int]]()
+        self,
+        jobs: Sequence[Job],
+        *,
+        slots: int,
+        until: Callable[[], bool],
+        tick: Callable[[Sequence[Job]], None],
+        done: Callable[[Ended], None],
+    ) -> None:
+        """Run all jobs, `slots` at a time; `done` is told how each ended. `until`: whether time is up, when all are stopped,
+        those that do not end within PATIENCE killed, and none is begun; `tick(running)` is called a few times a second. Whatever
+        is raised on the way, all are stopped first: each saves a checkpoint."""
+        waiting, running = list(jobs), dict[str, tuple[Job, float, int]]()
         threads = max(1, (os.cpu_count() or 1) // slots)
         stopped, impatient = False, 0.0
         try:
@@ -95,7 +101,7 @@ class Workers:
                 for report in self._ended():
                     job, began, before = running.pop(report["name"])
                     late, seconds = stopped and report["code"] != 0, time.monotonic() - began
-                    ended.append(Ended(job, report["code"], late, seconds, before))
+                    done(Ended(job, report["code"], late, seconds, before))
                 tick([job for job, _, _ in running.values()])
                 time.sleep(POLL)
         finally:
@@ -106,7 +112,6 @@ class Workers:
                     for report in self._ended():
                         running.pop(report["name"], None)
                     time.sleep(POLL / 4)
-        return ended
 
     def stop(self, name: str) -> None:
         """Stop one of the running jobs: it saves a checkpoint and ends."""

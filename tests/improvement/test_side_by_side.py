@@ -64,7 +64,7 @@ def test_the_message_of_a_process_is_of_this_session(log: bytes | None, code: in
 
 def test_processes_that_hear_of_no_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that hangs when time is up is killed; those of a process that was killed itself end with it."""
-    children: list[int] = []
+    children, ended = list[int](), list[Ended]()
 
     def stop(pid: int) -> None:
         os.kill(pid, signal.SIGSTOP)  # it hears no SIGTERM
@@ -78,10 +78,10 @@ def test_processes_that_hear_of_no_end(tmp_path: Path, monkeypatch: pytest.Monke
     with workers() as pool:
         with monkeypatch.context() as patch:
             patch.setattr(side_by_side, "PATIENCE", 0.5)
-            ended = pool.run([job], slots=1, until=lambda: bool(children), tick=on_child(pool, stop))
+            pool.run([job], slots=1, until=lambda: bool(children), tick=on_child(pool, stop), done=ended.append)
         assert [(one.code, one.stopped) for one in ended] == [(-9, True)]
         with pytest.raises(FgvcError, match="the same command goes on"):
-            pool.run([job], slots=1, until=lambda: False, tick=on_child(pool, kill))
+            pool.run([job], slots=1, until=lambda: False, tick=on_child(pool, kill), done=ended.append)
     until = time.monotonic() + 5
     while not gone(children[1]) and time.monotonic() < until:
         time.sleep(0.05)
