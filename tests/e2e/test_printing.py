@@ -41,7 +41,7 @@ def test_the_scores_are_one_line(screen: io.StringIO) -> None:
 
 def test_a_long_name_is_folded_and_not_cut(screen: io.StringIO) -> None:
     name = "the_very_long_name_of_a_class_" * 6
-    table = show._table("most changed", "images", "A %", "B %", "change", "lost", "won")
+    table = show.make_table("most changed", "images", "A %", "B %", "change", "lost", "won")
     table.add_row(name, "1000", "100.0", "100.0", "+100.0", "1000", "1000")
     show.console.print(table)
     lines = screen.getvalue().splitlines()
