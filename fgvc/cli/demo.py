@@ -14,6 +14,7 @@ from rich.console import Console
 from fgvc.cli.app import main as fgvc
 
 BUDGET = "3m"
+PICTURE = "images/001.Rhino_Spotted_Collared/Rhino_Spotted_Collared_0093.jpg"
 
 
 def main(folder: Path) -> int:
@@ -28,7 +29,7 @@ def main(folder: Path) -> int:
         f"export {folder / 'runs' / 'plain'} -o {deployed} --overwrite",
         f"improve {deployed / 'model.onnx'} {data} --budget {BUDGET} -o {better}",
         f"verify {better / 'bundle' / 'model.onnx'} --into {deployed / 'model.onnx'}",
-        f"predict {better / 'bundle'} {data / 'images' / '001.Rhino_Spotted_Collared'} --top-k 2",
+        f"predict {better / 'bundle'} {data / PICTURE} --top-k 2",
     ]
     for command in commands:
         console.rule()

@@ -24,8 +24,9 @@ STAGES: tuple[Stage, ...] = ("probe", "tune", "teach", "ship")
 BASE, TAUGHT, FINAL, PLAIN, TEACHER = "base", "taught", "final", "plain", "teacher"
 MOST_EPOCHS = 24
 TEACHER_SCALE = 1.4  # side of a teacher's input over the network's, about: 160 px are taught at 224
-SAFETY = 1.1  # times what was timed
+SAFETY = 1.2  # times what was timed
 VIEWS = 3  # of an image, from which a head is fitted
+FIT = 0.005  # seconds of the fit for each of them
 UNFOLDED = 512  # images by which scales are fitted to a deployed file's folded norms
 SHIPPING = 30.0  # seconds of export and proofs, and of the page
 BETWEEN, JUDGED = 12, 5  # looks at each image: of nets between a start and an end; of all that are judged
@@ -130,7 +131,7 @@ def makespan(seconds: Iterable[float], slots: int) -> float:
 
 def cost(timing: Timing, *, learn: int, choose: int, epochs: int) -> float:
     """Seconds of a run: its start, the fitted head, the scores before and after, and its steps."""
-    looks = (VIEWS * learn + 3 * choose + UNFOLDED) * timing.look
+    looks = (VIEWS * learn + 3 * choose + UNFOLDED) * timing.look + FIT * VIEWS * learn
     steps = max(1, learn // timing.batch) * epochs
     return SAFETY * (timing.start + looks + steps * timing.step)
 

@@ -40,7 +40,7 @@ def names(plan: Plan) -> list[str]:
 
 def test_more_time_makes_a_richer_ladder() -> None:
     ladders = [
-        names(plan_ladder(task(), timings(), budget=60 * minutes, spent=60, slots=2)) for minutes in (10, 25, 60, 240)
+        names(plan_ladder(task(), timings(), budget=60 * minutes, spent=60, slots=2)) for minutes in (10, 25, 90, 240)
     ]
     assert ladders[0] == [BASE, FINAL]
     assert {FIRST, PLAIN} < set(ladders[1])
