@@ -12,7 +12,7 @@ TEST := $(PYTEST) -n 2 --dist worksteal --durations 40
 # Half a minute: recipes and their mistakes, verbs that import no more than they need, the figures of a run, a run that is trained,
 # exported, proved and asked, a request. Only these files are imported; all of them together take a quarter of a minute.
 SMOKE := tests/config tests/io tests/e2e/test_light.py tests/serving/test_protocol.py \
-	'tests/golden/test_golden.py::test_it_computes_what_it_did[plain]' \
+	'tests/golden/test_golden.py::test_training_equals_the_recorded_run[plain]' \
 	tests/e2e/test_calibration.py::test_the_bundle_holds_what_validation_says
 
 .PHONY: install demo lint docs check test test-all clean

@@ -174,3 +174,9 @@ def test_the_table_of_renamed_keys_is_the_sections_own() -> None:
         section, _, key = old.partition(".")
         with pytest.raises(FgvcError, match=rf"{re.escape(old)}: is called '{new.partition('.')[2]}' now"):
             validate(Recipe, {section: {key: 1}}, where="recipe")
+
+
+def test_tests_that_the_makefile_names_are_there() -> None:
+    named = re.findall(r"(tests/[\w/]+\.py)::(\w+)", (ROOT / "Makefile").read_text(encoding="utf-8"))
+    assert named
+    assert not [name for file, name in named if f"def {name}(" not in (ROOT / file).read_text(encoding="utf-8")]
