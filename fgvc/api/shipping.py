@@ -20,9 +20,9 @@ from fgvc.data.index import ImageIndex
 from fgvc.data.loader import evaluation_loader
 from fgvc.data.unseen import judged
 from fgvc.errors import FgvcError
-from fgvc.evaluation.calibration import FEWEST, KEEP, confidence_of, fitting_sample
+from fgvc.evaluation.calibration import FEWEST, KEEP
 from fgvc.evaluation.lone_file import by_its_answers
-from fgvc.evaluation.stack_threshold import AFTER, BEFORE, UNDIVIDED, StackThreshold, accepted, refuse_threshold
+from fgvc.evaluation.stack_threshold import StackThreshold, measure_threshold, refuse_threshold
 from fgvc.evaluation.temperature import RunCalibration, calibration, shipped_calibration
 from fgvc.exporting.deployed import DeployedFile, WrittenComparison, compare_written
 from fgvc.exporting.proofs import MAX_IMAGES
@@ -33,12 +33,11 @@ from fgvc.io.files import StrPath, as_path
 from fgvc.io.progress import ticking
 from fgvc.report.exported import PAGE, export_page
 from fgvc.runs.folder import read_run, recorded_classes, recorded_preprocess
-from fgvc.runs.loaded import Answers, LoadedRun, load_run, onnx_answers
+from fgvc.runs.loaded import LoadedRun, load_run
 from fgvc.runs.measured import store_measured
 from fgvc.runs.trackers import log_bundle
 from fgvc.runtime.bundle import load_bundle, refuse_target, write_bundle
 from fgvc.runtime.description import describe
-from fgvc.runtime.engine import OnnxSession
 from fgvc.runtime.stack import Agreement, Stack, agreement, stack_of
 from fgvc.studies.variants import SmallerFile, Variants, left_out, make_variants
 
@@ -302,29 +301,14 @@ def _judge(index: ImageIndex) -> _Judge:
 
 
 def _stack_threshold(run: LoadedRun, contract: Contract, proven: ProvedExport, threshold: float) -> StackThreshold:
-    """Coverage and precision at a confidence of the deployed file, and of what is written into it, on the images that judge;
-    where there are none, on validation. Raises FgvcError where the run has neither, or the deployed file other classes."""
+    """What a threshold accepts of the deployed file, and of what is written into it. Raises FgvcError where these have other
+    classes."""
     assert isinstance(contract, DeployedFile)
     if contract.classes is not None:
         raise FgvcError("--stack-threshold: model.classes: change: the deployed file knows other classes, and is no comparison")
-    split, rows = run.rows_of("test" if len(run.index.rows("test")) else None)
-    rows = fitting_sample(rows, len(run.classes))
-    output, workers = proven.contract["output"]["name"], run.recipe.train.workers
-
-    def answers(file: Path | bytes) -> Answers:
-        return onnx_answers(OnnxSession(file, output=output), run.index, rows, spec=run.preprocess, workers=workers)
-
-    old, new = answers(contract.file), answers(proven.source)
-    undivided = {} if proven.divided_by == 1 else {UNDIVIDED: (new, 1 / proven.divided_by)}
-    files = {BEFORE: (old, 1.0), **undivided, AFTER: (new, 1.0)}
-    shares = {
-        name: accepted(
-            confidence_of(each.logits.astype(np.float64), t, each.ending), each.logits.argmax(1) == each.labels, threshold
-        )
-        for name, (each, t) in files.items()
-    }  # fmt: skip
-    which = judged(run.index, split, len(new.rows)) or f"{len(new.rows)} images of {split}"
-    return StackThreshold(threshold=threshold, images=len(new.rows), which=which, files=shares)
+    return measure_threshold(
+        run, contract.file, proven.source, threshold, output=proven.contract["output"]["name"], divided_by=proven.divided_by
+    )
 
 
 def _fed(spec: Preprocess, model: bytes, classes: int) -> Preprocess:

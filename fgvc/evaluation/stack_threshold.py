@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fgvc.data.unseen import judged
 from fgvc.errors import FgvcError
+from fgvc.evaluation.calibration import confidence_of, fitting_sample
+from fgvc.runs.loaded import Answers, LoadedRun, onnx_answers
+from fgvc.runtime.engine import OnnxSession
 
 BEFORE, UNDIVIDED, AFTER = "before", "after, without the temperature", "after"  # of an export: the deployed file, what ships
 
@@ -55,3 +60,29 @@ def accepted(confidence: NDArray[np.floating], right: NDArray[np.bool_], thresho
     """Coverage and precision of answers with these confidences (N,), given whether each is right (N,)."""
     taken = confidence >= threshold
     return Accepted(float(taken.mean()), float(right[taken].mean()) if taken.any() else float("nan"))
+
+
+def measure_threshold(
+    run: LoadedRun, old: Path, new: Path | bytes, threshold: float, *, output: str, divided_by: float
+) -> StackThreshold:
+    """Coverage and precision at a confidence of a deployed file, and of what is written into it, on the images that judge; where
+    there are none, on validation. `output`: the files' output with the classes; `divided_by`: the temperature in the new file's
+    last layer. Raises FgvcError where the run has neither."""
+    split, rows = run.rows_of("test" if len(run.index.rows("test")) else None)
+    rows = fitting_sample(rows, len(run.classes))
+
+    def answers(file: Path | bytes) -> Answers:
+        workers = run.recipe.train.workers
+        return onnx_answers(OnnxSession(file, output=output), run.index, rows, spec=run.preprocess, workers=workers)
+
+    before, after = answers(old), answers(new)
+    undivided = {} if divided_by == 1 else {UNDIVIDED: (after, 1 / divided_by)}
+    files = {BEFORE: (before, 1.0), **undivided, AFTER: (after, 1.0)}
+    shares = {
+        name: accepted(
+            confidence_of(each.logits.astype(np.float64), t, each.ending), each.logits.argmax(1) == each.labels, threshold
+        )
+        for name, (each, t) in files.items()
+    }
+    which = judged(run.index, split, len(after.rows)) or f"{len(after.rows)} images of {split}"
+    return StackThreshold(threshold=threshold, images=len(after.rows), which=which, files=shares)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from fgvc.api import export
 from fgvc.config.loading import load, validate
 from fgvc.config.recipe import Recipe
 from fgvc.data.deployed import PREPROCESS
+from fgvc.data.unseen import parse_seen
 from fgvc.errors import FgvcError
 from fgvc.evaluation.compared import Images, PairedAnswers, collect_answers
 from fgvc.evaluation.paired import Gate, wilson
@@ -26,27 +27,31 @@ from fgvc.improvement.clock import Clock, seconds_of
 from fgvc.improvement.ladder import BASE, FINAL, PLAIN, Plan, candidates, plan_ladder
 from fgvc.improvement.on_ray import refuse_missing_ray
 from fgvc.improvement.page import write_page
-from fgvc.improvement.rungs import Ladder, write_recipe
-from fgvc.improvement.search import LOCK, held, join, refuse_missing
+from fgvc.improvement.recipes import recipe_of, write_recipe
+from fgvc.improvement.rungs import Ladder
+from fgvc.improvement.search import held, join, refuse_missing
 from fgvc.improvement.side_by_side import Ended, Job, Workers, last_json, workers
 from fgvc.improvement.task import Request, Task, look
 from fgvc.improvement.verdict import Verdict, judge, read_verdict
 from fgvc.improvement.view import View
 from fgvc.improvement.work import Timing
+from fgvc.io.display import Display
 from fgvc.io.files import as_json, file_lock, holder, make_folder, rename, write_atomic
 from fgvc.io.names import some
 from fgvc.report.document import duration
+from fgvc.runs.folder import LOCK
 from fgvc.runs.images import first_index, read_index
 from fgvc.runs.loaded import load_run, onnx_answers
 from fgvc.runtime.bundle import read_json, read_preprocess
-from fgvc.runtime.engine import OnnxSession
+from fgvc.runtime.engine import OnnxSession, available_cpus
+from fgvc.training.automatic import free_bytes
 
 LONG = 180.0  # seconds of a budget, from which more than the plain recipe is timed
 MEMORY_SHARE = 0.8  # of what is free, that the rungs side by side may take
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Improvement:
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class Improvement(Display):
     """What came of it. `bundle`: the better file with all that belongs to it; None: none is shown to be better, or `dry_run`."""
 
     folder: Path
@@ -61,8 +66,11 @@ class Improvement:
         """0: better, or nothing was to be trained; 3: not."""
         return 0 if self.verdict is None or self.verdict.better else 3
 
-    def __repr__(self) -> str:
-        return f"Improvement({str(self.folder)!r}, {'planned' if self.verdict is None else self.verdict.sentence('it')!r})"
+    @property
+    def facts(self) -> Mapping[str, object]:
+        if self.verdict is None:
+            return {"": self.folder, "planned": f"{len(self.plan.rungs)} rungs"}
+        return {"": self.folder, "verdict": self.verdict.sentence("it"), "page": self.report}
 
 
 def improve(
@@ -103,7 +111,7 @@ def improve(
     request = Request(
         target=str(target), data=Path(data).expanduser(), budget=seconds_of(budget),
         labels=_path(labels), preprocess=_path(preprocess),
-        seen=seen if seen in ("train", "none") else Path(seen).expanduser(),  # type: ignore[arg-type]
+        seen=parse_seen(os.path.expanduser(seen)) or "train",
         unseen=_path(unseen), unlabelled=_path(unlabelled), starts=tuple(starts), size=size, seed=seed,
         search=search, min_gain=min_gain, max_negative_flips=max_negative_flips,
     )  # fmt: skip
@@ -227,12 +235,12 @@ def _timings(
 ) -> tuple[dict[str, Timing], int]:
     """Time what the rungs cost, as many side by side as will run. Raises FgvcError where the base can't be trained."""
     wanted = candidates(task) if budget >= LONG else {BASE: {}}
-    slots = 1 if torch.cuda.is_available() else max(1, min(2, os.cpu_count() or 1))
+    slots = 1 if torch.cuda.is_available() else min(2, available_cpus())
     view.say(f"timing a few steps of {some(list(wanted), 9)}")
     jobs = []
     for name, settings in wanted.items():
         path = out / "recipes" / f"time-{name}.yaml"
-        write_recipe(task, settings, path)
+        write_recipe(recipe_of(task.recipe, settings), path)
         jobs.append(Job(name, ("time", str(path)), out / "logs" / f"time-{name}.log"))
     timings: dict[str, Timing] = {}
 
@@ -247,19 +255,11 @@ def _timings(
     pool.run(jobs, slots=slots, until=lambda: clock.seconds > budget, tick=lambda running: clock.tick(), done=note)
     if BASE not in timings:
         raise FgvcError(f"--budget: {budget / 60:.0f} min are over before a single step is timed")
-    if (need := slots * max(timing.peak_bytes for timing in timings.values())) > MEMORY_SHARE * _free_memory():
+    free = free_bytes(torch.device(timings[BASE].device))
+    if (need := slots * max(timing.peak_bytes for timing in timings.values())) > MEMORY_SHARE * free:
         slots = 1
         view.say(f"one rung at a time: two would need about {need / 2**30:.1f} GB of memory")
     return timings, slots
-
-
-def _free_memory() -> float:
-    """Bytes that can be had; infinite where the system does not tell."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration, ValueError):
-        return float("inf")
 
 
 def _judged(out: Path) -> Verdict | None:

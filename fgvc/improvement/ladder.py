@@ -80,7 +80,8 @@ class Plan:
 
 @cache
 def portfolio() -> tuple[Mapping[str, Any], ...]:
-    """Settings that the project's own measurements support, the best first: `portfolio.json`."""
+    """Recipes that are tried beside the plain one, in this order: `portfolio.json`. That they gain over the present base is not
+    shown yet (benchmarks/base/README.md), which is why each must win."""
     return tuple(json.loads(Path(__file__).with_name("portfolio.json").read_text(encoding="utf-8")))
 
 
@@ -234,7 +235,7 @@ def _rungs(
     final = cost(costliest, learn=learn + choose + named, choose=0, epochs=epochs)
     shipped = Rung(
         name=FINAL, stage="ship",
-        what="the best again, on the images that chose as well" if choose else "the recipe that won elsewhere",
+        what="the best again, on the images that chose as well" if choose else "the first of the portfolio",
         settings=LEARN_ALL if choose else LEARN_ALL | unchosen(task, timings), epochs=epochs, seconds=final,
     )  # fmt: skip
     if PLAIN not in names:
@@ -265,7 +266,7 @@ def _probes(task: Task, timing: Timing, *, budget: float, slots: int) -> list[Ru
 
 
 def unchosen(task: Task, timings: Mapping[str, Timing]) -> dict[str, Any]:
-    """Settings of what ships where no image can choose: those that won on sets of which the first weights had seen nothing."""
+    """Settings of what ships where no image can choose: the first of the portfolio, taught where a teacher is at hand."""
     known = [entry["settings"] for entry in portfolio() if entry["name"] in timings]
     settings = copy.deepcopy(dict(known[0])) if known else {}
     if TAUGHT in timings and (teacher := probed_teacher(task)) is not None:

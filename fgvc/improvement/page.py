@@ -7,24 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from PIL import Image
 
 from fgvc.data.index import decode_row
 from fgvc.errors import FgvcError
 from fgvc.evaluation.compared import PairedAnswers
 from fgvc.images.address import picture
-from fgvc.images.overlay import overlay
-from fgvc.images.preprocess import fit, preprocess
 from fgvc.improvement.ladder import PLAIN, Rung
 from fgvc.improvement.task import Task
 from fgvc.improvement.verdict import Verdict
 from fgvc.io.files import write_atomic
-from fgvc.report.certificate import Certificate
+from fgvc.report.certificate import recorded_proofs
 from fgvc.report.document import duration
 from fgvc.report.render import render
 from fgvc.runtime.bundle import load_bundle
-from fgvc.runtime.explain import BundleExplainer
 
 if TYPE_CHECKING:
     from fgvc.improvement.rungs import Ladder, Outcome
@@ -65,7 +61,7 @@ def write_page(
             rows=_rows(ladder, start), start=start, share=ladder.choices.get("share", 1.0), ships=ladder.ships.name, plain=PLAIN,
             repaired=_shots(answers, bundle, "positive"), broken=_shots(answers, bundle, "negative"),
             classes=[row for row in answers.paired.by_class(answers.classes) if row["negative_flips"] or row["positive_flips"]],
-            proofs=Certificate(load_bundle(bundle), 0.0, 0).recorded, command=ladder.command, duration=duration,
+            proofs=recorded_proofs(load_bundle(bundle)), command=ladder.command, duration=duration,
         ),
     )  # fmt: skip
 
@@ -89,14 +85,9 @@ def _shots(answers: PairedAnswers, bundle: Path, kind: str) -> list[Shot]:
     return [Shot(flip, picture(image), drawn) for flip, image, drawn in zip(flips, images, _maps(images, bundle), strict=True)]
 
 
-def _maps(images: Sequence[Any], bundle: Path) -> list[str | None]:
+def _maps(images: Sequence[Image.Image], bundle: Path) -> list[str | None]:
     """Class maps over the pictures as the network sees them; None where the bundle has none."""
     try:
-        explainer = BundleExplainer(bundle)
-        drawn = []
-        for image in images:
-            explanation = explainer(np.asarray(preprocess(image, explainer.spec))[None], None)[0]
-            drawn.append(picture(overlay(Image.fromarray(fit(image, explainer.spec)), explanation.maps["cam"])))
-        return [*drawn]
+        return [picture(explained.overlay) for explained in load_bundle(bundle).explain(images)]
     except FgvcError:
         return [None] * len(images)

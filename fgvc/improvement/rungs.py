@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import errno
 import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
 from fgvc.api import evaluate, interpolate
-from fgvc.config.loading import drop_replaced, merge, validate
-from fgvc.config.recipe import Recipe
 from fgvc.errors import FgvcError
 from fgvc.evaluation.paired import gain_interval
 from fgvc.improvement.clock import Clock
@@ -37,11 +33,12 @@ from fgvc.improvement.ladder import (
     taught_by,
 )
 from fgvc.improvement.on_ray import share_on_ray
+from fgvc.improvement.recipes import Tree, merged, recipe_of, write_recipe
 from fgvc.improvement.search import SPACE, Space, best_trial, search
-from fgvc.improvement.side_by_side import Ended, Job, Workers
+from fgvc.improvement.side_by_side import Ended, Job, Workers, threads_of
 from fgvc.improvement.task import Task
 from fgvc.improvement.unlabelled import write_named
-from fgvc.io.files import as_json, make_folder, write_atomic
+from fgvc.io.files import as_json, write_atomic
 from fgvc.runs import checkpoint
 from fgvc.runs.folder import INTERPOLATION
 from fgvc.runs.record import NAME, load
@@ -53,7 +50,6 @@ LEAST_FREE = 100 * 2**20  # bytes of the disk: with less a failure is taken for 
 BETWEEN = "between"  # a run between a run's start and its end
 Say = Callable[[str], None]
 Tick = Callable[[Sequence[Job]], None]
-Tree = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,14 +120,14 @@ class Ladder:
         if rung.stage == "probe" or name in (TEACHER, PLAIN):
             return rung.settings
         if rung.stage == "tune":
-            return _merged(self._start, rung.settings)
+            return merged(self._start, rung.settings)
         if name == TAUGHT:
             named = {"data": {"file": str(self._named)}} if self.task.unlabelled else {}
-            return _merged(
+            return merged(
                 self.settings(self.choices["best"]), {"techniques": {"distill": taught_by(self._teachers())}}, named
             )
         own = self._start if self.best is None else self.settings(self.best)
-        return _merged(own, rung.settings)
+        return merged(own, rung.settings)
 
     @property
     def _start(self) -> Tree:
@@ -145,11 +141,11 @@ class Ladder:
         return [*self._better_teachers(), *old]
 
     def _better_teachers(self) -> list[Tree]:
-        if self._is(TEACHER, "done"):
+        if self.has_run(TEACHER):
             return [{"kind": "run", "path": str(self.run(TEACHER).absolute())}]
         if (probed := probed_teacher(self.task)) is not None:
             return [probed]
-        done = [rung.name for rung in self.plan.of("tune") if self._is(rung.name, "done")]
+        done = [rung.name for rung in self.plan.of("tune") if self.has_run(rung.name)]
         return [{"kind": "run", "path": str(self.run(name).absolute())} for name in done]
 
     @property
@@ -160,16 +156,13 @@ class Ladder:
     def _name_unlabelled(self) -> None:
         """Name the images without labels, by the tuned teacher or else the best run."""
         if self.task.unlabelled and TAUGHT not in self.outcomes and not self._named.is_file():
-            teacher = TEACHER if self._is(TEACHER, "done") else self.choices["best"]
+            teacher = TEACHER if self.has_run(TEACHER) else self.choices["best"]
             count = write_named(self.task.unlabelled, self.run(teacher), self.out / "images.csv", self._named)
             self.say(f"{teacher} names {count} of the {len(self.task.unlabelled)} images without labels, the others are left out")
 
     def has_run(self, name: str) -> bool:
         """Whether a rung was run to its end."""
-        return self._is(name, "done")
-
-    def _is(self, name: str, status: Status) -> bool:
-        return name in self.outcomes and self.outcomes[name].status == status
+        return name in self.outcomes and self.outcomes[name].status == "done"
 
     def _run(self, stage: Stage) -> list[str]:
         """Run the rungs of a stage that have no outcome yet; the names of those that are done."""
@@ -182,7 +175,7 @@ class Ladder:
         left = [rung for rung in left if rung.name not in self.outcomes]
         if left:
             self._run_side_by_side(left)
-        return [rung.name for rung in rungs if self._is(rung.name, "done")]
+        return [rung.name for rung in rungs if self.has_run(rung.name)]
 
     def _run_side_by_side(self, rungs: Sequence[Rung]) -> None:
         ends = [rung.latest_start + rung.seconds for rung in rungs if rung.latest_start is not None]
@@ -220,7 +213,8 @@ class Ladder:
     def _job(self, rung: Rung) -> Job:
         """Write a rung's recipe; return the process that trains it."""
         path = self.out / "recipes" / f"{rung.name}.yaml"
-        write_recipe(self.task, _merged(self.settings(rung.name), self._length(rung)), path)
+        settings = merged(self.settings(rung.name), self._length(rung))
+        write_recipe(recipe_of(self.task.recipe, settings), path)
         return Job(rung.name, ("train", str(path), str(self.run(rung.name))), self.out / "logs" / f"{rung.name}.log")
 
     @staticmethod
@@ -257,25 +251,24 @@ class Ladder:
         rung = next(rung for rung in self.plan.rungs if rung.name == best)
         ship = makespan((rung.seconds for rung in self.plan.of("ship")), self.plan.slots)
         left = self.plan.budget - self.plan.shipping - ship - self.clock.seconds
-        recipe = recipe_of(self.task, self.settings(best))
+        recipe = recipe_of(self.task.recipe, self.settings(best))
         space = Space(recipe=recipe, epochs=rung.epochs, seconds=rung.seconds, deadline=time.time() + left)
         write_atomic(self.out / SPACE, as_json(asdict(space)))
         seed = self.task.recipe["train"]["seed"]
         if self.on_ray:
-            threads = max(1, (os.cpu_count() or 1) // self.plan.slots)
-            share_on_ray(self.out, space, threads=threads, seed=seed, tick=self.tick)
+            share_on_ray(self.out, space, threads=threads_of(self.plan.slots), seed=seed, tick=self.tick)
         else:
             search(self.out, space, slots=self.plan.slots, seed=seed, pool=self.pool, tick=self.tick, say=self.say)
         trial = best_trial(self.out, seed)
         if trial is not None and wins(right_on_choose(self.run(trial[0])), self._right(best)):
-            self.choices |= {"searched": trial[0], "trial": _merged(self.settings(best), trial[1])}
+            self.choices |= {"searched": trial[0], "trial": merged(self.settings(best), trial[1])}
         else:
             self.choices["searched"] = best
         self._store()
 
     def _right(self, name: str) -> NDArray[np.bool_]:
         """A rung's answers to the images that choose; the base's before it is trained are the deployed file's."""
-        done = self._is(name, "done") or name.startswith("trial-")
+        done = self.has_run(name) or name.startswith("trial-")
         return right_on_choose(self.run(name)) if done else self.standing
 
     def _choose_share(self, name: str | None) -> None:
@@ -302,7 +295,7 @@ class Ladder:
         self._run("ship")
         start = self.choices.get("start", BASE)
         best = self.best if self.best is not None else start if start != BASE else None
-        ships, share = FINAL if self._is(FINAL, "done") else best, self.choices.get("share", 1.0)
+        ships, share = FINAL if self.has_run(FINAL) else best, self.choices.get("share", 1.0)
         if ships is None:
             raise FgvcError(f"{self.run(FINAL)}: {self.outcomes[FINAL].reason}, and nothing else could ship; give more --budget")
         if share < 1:  # of the way from the start of what ships; of the best rung it is there
@@ -328,26 +321,3 @@ def right_on_choose(run: Path) -> NDArray[np.bool_]:
     rows, classes = answers.numpy()
     order = np.argsort(rows)
     return np.asarray(index.labels[rows[order]] == classes[order])
-
-
-def recipe_of(task: Task, settings: Tree) -> dict[str, Any]:
-    """The tree of a recipe with settings over the task's."""
-    tree = copy.deepcopy(dict(task.recipe))
-    drop_replaced(Recipe, tree, [(name, key) for name, keys in settings.items() for key in keys])
-    merge(tree, settings)
-    return tree
-
-
-def write_recipe(task: Task, settings: Tree, path: Path) -> None:
-    """Write the recipe of a rung. Raises FgvcError where it is none."""
-    tree = recipe_of(task, settings)
-    validate(Recipe, tree, where=str(path))
-    make_folder(path.parent)
-    write_atomic(path, yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
-
-
-def _merged(*settings: Tree) -> Tree:
-    tree: dict[str, Any] = {}
-    for one in settings:
-        merge(tree, one)
-    return tree

@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import copy
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,25 +12,25 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from fgvc.config.loading import merge, validate
+from fgvc.config.loading import validate
 from fgvc.config.recipe import Recipe
 from fgvc.config.techniques import enabled_techniques
 from fgvc.errors import FgvcError
+from fgvc.improvement.recipes import Tree, merged, write_recipe
 from fgvc.improvement.side_by_side import Ended, Job, Workers
-from fgvc.io.files import file_lock, write_atomic
+from fgvc.io.files import file_lock
+from fgvc.runs.folder import LOCK
+from fgvc.runs.trackers import read_events
 from fgvc.runtime.bundle import read_json
 
 if TYPE_CHECKING:
     import optuna
 
-JOURNAL, STUDY, SPACE, LOCK = "journal.log", "improve", "search.json", ".lock"
+JOURNAL, STUDY, SPACE = "journal.log", "improve", "search.json"
 WAIT = 1.0  # seconds between two looks whether a search has begun
 WARM_UP = 0.25  # share of a trial's epochs before it may be pruned
 FIRST_TRIALS = 4  # that are never pruned
 
-Tree = Mapping[str, Any]
 Say = Callable[[str], None]
 
 
@@ -129,11 +127,8 @@ def _job(out: Path, name: str, trial: optuna.Trial, recipe: Recipe, space: Space
     """Write a trial's recipe; return the process that trains it."""
     settings = suggested(trial, recipe)
     trial.set_user_attr("settings", settings)
-    tree = copy.deepcopy(dict(space.recipe))
-    merge(tree, settings)
-    merge(tree, {"train": {"epochs": space.epochs, "validate_every": 1}})
     path = out / "recipes" / f"{name}.yaml"
-    write_atomic(path, yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
+    write_recipe(merged(space.recipe, settings, {"train": {"epochs": space.epochs, "validate_every": 1}}), path)
     return Job(name, ("train", str(path), str(out / "runs" / name)), out / "logs" / f"{name}.log")
 
 
@@ -184,12 +179,7 @@ class _Pruning:
 
 def scores(run: Path) -> Iterator[tuple[int, float]]:
     """Epochs of a run, from 1, and what they reach on the images that choose."""
-    file = run / "events.jsonl"
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
+    for event in read_events(run):
         if event.get("event") == "epoch" and "val_top1" in event:
             yield int(event["epoch"]), float(event["val_top1"])
 

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fgvc.errors import FgvcError
+from fgvc.io.jsonl import objects
+from fgvc.runtime.engine import available_cpus
 
 PATIENCE = 60.0  # seconds that a process has to save and end
 POLL = 0.2
@@ -84,7 +86,7 @@ class Workers:
         those that do not end within PATIENCE killed, and none is begun; `tick(running)` is called a few times a second. Whatever
         is raised on the way, all are stopped first: each saves a checkpoint."""
         waiting, running = list(jobs), dict[str, tuple[Job, float, int]]()
-        threads = max(1, (os.cpu_count() or 1) // slots)
+        threads = threads_of(slots)
         stopped, impatient = False, 0.0
         try:
             while running or (waiting and not stopped):
@@ -181,6 +183,10 @@ def workers() -> Iterator[Workers]:
 
 
 def last_json(log: Path) -> dict[str, Any]:
-    """The last line of a log that is JSON."""
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    return dict(json.loads(next(line for line in reversed(lines) if line.startswith("{"))))
+    """The last object of a log that is JSON."""
+    return list(objects(log.read_text(encoding="utf-8", errors="replace")))[-1]
+
+
+def threads_of(slots: int) -> int:
+    """Threads of each process where so many work side by side."""
+    return max(1, available_cpus() // slots)

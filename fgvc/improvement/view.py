@@ -18,6 +18,7 @@ from fgvc.improvement.clock import Clock
 from fgvc.improvement.ladder import Plan
 from fgvc.improvement.side_by_side import Job
 from fgvc.io.files import append
+from fgvc.io.jsonl import objects
 from fgvc.report.document import duration
 
 if TYPE_CHECKING:
@@ -104,11 +105,4 @@ def _tail(path: Path, size: int = 4096) -> list[dict[str, Any]]:
     """The last events of a log."""
     with path.open("rb") as file:
         file.seek(max(0, os.path.getsize(path) - size))
-        lines = file.read().decode("utf-8", "replace").splitlines()
-    events = []
-    for line in lines:
-        try:
-            events.append(json.loads(line))
-        except ValueError:
-            continue
-    return [event for event in events if isinstance(event, dict)]
+        return list(objects(file.read().decode("utf-8", "replace")))

@@ -64,8 +64,8 @@ def timing(recipe: Recipe, started: float) -> Timing:
             for _ in range(min(STEPS + 1, session.steps_per_epoch)):
                 began = time.monotonic()
                 optimizer_step(session, batches, events)
-                if process.device.type == "cuda":
-                    torch.cuda.synchronize()
+                if process.device.type != "cpu":
+                    torch.accelerator.synchronize()
                 seconds.append(time.monotonic() - began)
         net, rows = session.step.net.eval(), session.index.rows("train")[: 2 * session.batch]
         began = time.monotonic()

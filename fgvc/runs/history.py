@@ -15,6 +15,7 @@ from typing import Any
 
 from fgvc.errors import FgvcError
 from fgvc.io.display import Display, table
+from fgvc.io.jsonl import objects
 
 COMMON_COLUMNS = ("epoch", "step", "lr", "base", "loss")  # columns of metrics.csv that are no technique's
 MACHINE = ("system", "cpu", "cores", "accelerator")
@@ -79,7 +80,7 @@ def read_history(run: Path) -> History:
     rates: dict[int, float] = {}
     started, seconds = "", None
     with _as_written(run / "events.jsonl"):
-        for event in _events(run / "events.jsonl"):
+        for event in objects(_text(run / "events.jsonl")):
             if event.get("event") == "step":
                 rates[int(event["step"])] = float(event["lr"])
             if event.get("event") == "start" and not started:
@@ -119,16 +120,6 @@ def _as_written(path: Path) -> Iterator[None]:
         yield
     except (ValueError, TypeError, KeyError, OverflowError, OSError) as error:
         raise FgvcError(f"{path}: not as fgvc wrote it ({type(error).__name__}: {error}); mend or remove it") from error
-
-
-def _events(path: Path) -> Iterator[dict[str, Any]]:
-    for line in _text(path).splitlines():
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(event, dict):
-            yield event
 
 
 def _text(path: Path) -> str:

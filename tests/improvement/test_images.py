@@ -112,3 +112,9 @@ def test_a_run_names_images_without_labels(better: Path, pictures: Path, tmp_pat
     answers = {row["path"]: row["label"] for row in rows[300:]}
     assert answers == {str(file): name for file, name in zip(files, NAMES, strict=True) if str(file) in answers}
     assert {row["split"] for row in rows[300:]} == {"train"}
+
+
+def test_of_few_unseen_images_all_judge(few: Path) -> None:
+    divided = divide(few, deployed=True)
+    assert divided.counts == {"train": 60, "val": 0, "test": 100}
+    assert "none chooses" in divided.rule
