@@ -156,6 +156,11 @@ class Train(Section):
         description="autocast; weights stay fp32, and so do all losses. auto: the faster of fp32 and bf16, by a few steps of "
         "each on this machine before the run begins; it is said and recorded",
     )
+    floor: bool = Field(
+        True,
+        description="before the first step fit a logistic regression to the frozen net's features of the training images, to "
+        "stand beside the result (docs/floor.md), from three looks at each; false: only where model.head: probe begins with it",
+    )
     refit: bool = Field(
         False,
         description="once the run has finished, train again on the validation split as well, all else equal, in a folder of its "

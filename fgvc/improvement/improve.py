@@ -280,7 +280,7 @@ def _judge(task: Task, ladder: Ladder, out: Path, gate: Gate, view: View, standi
     others = {}
     if plain is not None:
         others["plain"] = _right(answers, plain, None)
-    floors = (_right(answers, ladder.run(name), "floor") for name in (FINAL, BASE) if ladder.has_run(name))
+    floors = (_right(answers, ladder.run(name), "floor") for name in (PLAIN, FINAL, BASE) if ladder.has_run(name))
     others["floor"] = next((right for right in floors if right is not None), None)
     verdict = judge(answers.paired, gate, {name: right for name, right in others.items() if right is not None})
     start = float(standing.mean()) if len(standing) else None

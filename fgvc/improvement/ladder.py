@@ -21,23 +21,25 @@ from fgvc.improvement.work import Timing
 
 Stage = Literal["probe", "tune", "teach", "ship"]
 STAGES: tuple[Stage, ...] = ("probe", "tune", "teach", "ship")
-BASE, TAUGHT, FINAL, PLAIN, TEACHER = "base", "taught", "final", "plain", "teacher"
+BASE, TAUGHT, TEACHER, STUDENT, FINAL, PLAIN = "base", "taught", "teacher", "student", "final", "plain"
 MOST_EPOCHS = 24
+FULL_EPOCHS = 12  # that what ships gets where the budget has them, however short the rungs before it were
 TEACHER_SCALE = 1.4  # side of a teacher's input over the network's, about: 160 px are taught at 224
-SAFETY = 1.2  # times what was timed
+SAFETY = 1.1  # times what was timed
 VIEWS = 3  # of an image, from which a head is fitted
 FIT = 0.005  # seconds of the fit for each of them
+ALONE = 0.7  # of its time, that a rung takes with the threads of two
 UNFOLDED = 512  # images by which scales are fitted to a deployed file's folded norms
 SHIPPING = 30.0  # seconds of export and proofs, and of the page
 BETWEEN, JUDGED = 12, 5  # looks at each image: of nets between a start and an end; of all that are judged
 PLAIN_SHARE = 1 / 4  # of the budget, at most
-PROBE_SHARE = 1 / 10
+PROBE_SHARE = 1 / 15
 SEARCH_SHARE = 0.4  # of what is left of the budget
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rung:
-    """One run of the ladder. `settings` lie over the task's recipe, for TAUGHT and FINAL over the best rung's."""
+    """One run of the ladder. `settings` lie over the task's recipe, for STUDENT and FINAL over the best rung's."""
 
     name: str
     stage: Stage
@@ -88,22 +90,34 @@ def portfolio() -> tuple[Mapping[str, Any], ...]:
 def candidates(task: Task) -> dict[str, dict[str, Any]]:
     """Settings whose steps cost differently, by name: those are timed."""
     rungs = {BASE: dict[str, Any]()} | {entry["name"]: dict(entry["settings"]) for entry in portfolio()}
-    if (teacher := probed_teacher(task)) is not None:
-        rungs[TAUGHT] = {"techniques": {"distill": taught_by([teacher])}}
+    rungs[TAUGHT] = taught(task)
+    if task.teachers:
         rungs[TEACHER] = teacher_run(task)
     return rungs
 
 
-def taught_by(teachers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Settings of `techniques.distill`."""
-    return {"teachers": list(teachers), "temperature": 2.0, "kd": 4.0}
+def taught(task: Task) -> dict[str, Any]:
+    """Settings of a run that learns from a frozen net with a fitted head, at a larger size: the first larger net at hand, else
+    its own first weights. The deployed file teaches, too, where flips cost."""
+    net = task.teachers[0] if task.teachers else _own_net(task)
+    return distilled([{"kind": "probe", **net, "size": list(teacher_size(task))}, *old_teachers(task)])
 
 
-def probed_teacher(task: Task) -> dict[str, Any] | None:
-    """The frozen net that teaches with a fitted head: the first larger one at hand, at a larger size; None: there is none."""
-    if not task.teachers:
-        return None
-    return {"kind": "probe", **task.teachers[0], "size": list(teacher_size(task))}
+def _own_net(task: Task) -> dict[str, Any]:
+    if task.file is not None:
+        return {"onnx": task.file}
+    model = task.recipe["model"]
+    return {"backbone": model["backbone"], "weights": model["weights"], "kwargs": dict(model.get("kwargs", {}))}
+
+
+def old_teachers(task: Task) -> list[dict[str, Any]]:
+    """The deployed file, where flips cost."""
+    return [{"kind": "bundle", "path": task.file}] if task.keeps_answers else []
+
+
+def distilled(teachers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Settings that add teachers."""
+    return {"techniques": {"distill": {"teachers": list(teachers), "temperature": 2.0, "kd": 4.0}}}
 
 
 def teacher_size(task: Task) -> tuple[int, int]:
@@ -130,11 +144,13 @@ def makespan(seconds: Iterable[float], slots: int) -> float:
     return max(busy)
 
 
-def cost(timing: Timing, *, learn: int, choose: int, epochs: int) -> float:
-    """Seconds of a run: its start, the fitted head, the scores before and after, and its steps."""
-    looks = (VIEWS * learn + 3 * choose + UNFOLDED) * timing.look + FIT * VIEWS * learn
+def cost(timing: Timing, *, learn: int, choose: int, epochs: int, fits: bool = False) -> float:
+    """Seconds of a run: its start, the scores before and after, the fit of a teacher's head and (`fits`) of one of its own, and
+    its steps."""
+    looks = (3 * choose + UNFOLDED) * timing.look
+    fitted = VIEWS * learn * (timing.look + FIT) * fits + VIEWS * learn * (timing.teacher_look + FIT) * (timing.teacher_look > 0)
     steps = max(1, learn // timing.batch) * epochs
-    return SAFETY * (timing.start + looks + steps * timing.step)
+    return SAFETY * (timing.start + looks + fitted + steps * timing.step)
 
 
 def plan_ladder(
@@ -152,19 +168,20 @@ def plan_ladder(
     left -= searching
     reasons: dict[str, str] = {}
     for names, fewest in _ladders(task, timings):
-        epochs = _most_epochs(task, timings, names, left=left, budget=budget, slots=slots)
+        draft = _Draft(task, timings, names, budget=budget, slots=slots)
+        epochs = max((n for n in range(1, MOST_EPOCHS + 1) if draft.seconds(n) <= left), default=0)
         if epochs >= fewest:
-            rungs = _rungs(task, timings, names, epochs=epochs, budget=budget, slots=slots)
+            full = max(n for n in range(epochs, max(epochs, FULL_EPOCHS) + 1) if draft.seconds(epochs, n) <= left)
             left_out = {name: reason for name, reason in reasons.items() if name not in names}
             return _with_latest_starts(
                 Plan(
-                    budget=budget, slots=slots, shipping=shipping, rungs=rungs, left_out=left_out, search=searching,
-                    timings={name: asdict(timing) for name, timing in timings.items()},
+                    budget=budget, slots=slots, shipping=shipping, rungs=draft.rungs(epochs, full), left_out=left_out,
+                    search=searching, timings={name: asdict(timing) for name, timing in timings.items()},
                 )
             )  # fmt: skip
         reason = f"in a ladder with it each rung would have {epochs} epochs, and it needs {fewest}"
         reasons |= dict.fromkeys(names, reason)
-    least = spent + shipping + _total(task, timings, names, epochs=1, budget=math.inf, slots=slots)
+    least = spent + shipping + _Draft(task, timings, names, budget=math.inf, slots=slots).seconds(1)
     raise FgvcError(
         f"--budget: {budget / 60:.0f} min are too few for a rung of a single epoch: about {math.ceil(least / 60)} min are needed"
     )
@@ -175,118 +192,143 @@ def _ladders(task: Task, timings: Mapping[str, Timing]) -> list[tuple[tuple[str,
     known = [entry["name"] for entry in portfolio() if entry["name"] in timings]
     if not task.chooses:
         return [((FINAL, PLAIN), 1)]
-    if not known:
+    if not known and TAUGHT not in timings:  # too little time to time more than the base
         return [((BASE, FINAL), 1)]
-    taught = (TAUGHT,) if TAUGHT in timings or not task.teachers else ()  # else there is a teacher, which can't teach
-    tuned = (TEACHER,) if taught and TEACHER in timings else ()
+    one = (TAUGHT,) if TAUGHT in timings else ()
+    tuned = (TEACHER,) if TEACHER in timings else ()
+    first = one or (known[0],)
     return [
-        ((BASE, *known, *tuned, *taught, FINAL, PLAIN), 12),
-        ((BASE, known[0], *tuned, *taught, FINAL, PLAIN), 8),
-        ((BASE, known[0], *taught, FINAL, PLAIN), 8),
-        ((BASE, known[0], FINAL, PLAIN), 6),
+        ((BASE, *known, *one, *tuned, STUDENT, FINAL, PLAIN), 12),
+        ((BASE, *known, *one, STUDENT, FINAL, PLAIN), 8),
+        ((BASE, *known, *one, FINAL, PLAIN), 6),
+        ((BASE, STUDENT, FINAL, PLAIN) if task.unlabelled else (BASE, *first, FINAL, PLAIN), 3),
         ((BASE, FINAL), 1),
     ]
 
 
-def _most_epochs(
-    task: Task, timings: Mapping[str, Timing], names: Sequence[str], *, left: float, budget: float, slots: int
-) -> int:
-    fitting = [
-        epochs
-        for epochs in range(1, MOST_EPOCHS + 1)
-        if _total(task, timings, names, epochs=epochs, budget=budget, slots=slots) <= left
-    ]
-    return max(fitting, default=0)
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """The rungs of one ladder with the costs that they would have."""
 
+    task: Task
+    timings: Mapping[str, Timing]
+    names: Sequence[str]
+    budget: float
+    slots: int
 
-def _total(
-    task: Task, timings: Mapping[str, Timing], names: Sequence[str], *, epochs: int, budget: float, slots: int
-) -> float:
-    rungs = _rungs(task, timings, names, epochs=epochs, budget=budget, slots=slots)
-    return sum(makespan((rung.seconds for rung in rungs if rung.stage == stage), slots) for stage in STAGES)
+    def seconds(self, epochs: int, full: int | None = None) -> float:
+        """Of all stages, where each rung has `epochs` and what ships `full` (default: as many)."""
+        rungs = self.rungs(epochs, full or epochs)
+        return sum(makespan((rung.seconds for rung in rungs if rung.stage == stage), self.slots) for stage in STAGES)
 
+    def rungs(self, epochs: int, full: int) -> tuple[Rung, ...]:
+        rungs = (*self._probes(), *self._tuned(epochs), *self._student(epochs), *self._shipped(full))
+        alone = {stage for stage in STAGES if sum(rung.stage == stage for rung in rungs) == 1} if self.slots > 1 else set()
+        return tuple(replace(rung, seconds=ALONE * rung.seconds) if rung.stage in alone else rung for rung in rungs)
 
-def _rungs(
-    task: Task, timings: Mapping[str, Timing], names: Sequence[str], *, epochs: int, budget: float, slots: int
-) -> tuple[Rung, ...]:
-    learn, choose = task.counts["train"], task.counts["val"]
-    entries = {entry["name"]: entry for entry in portfolio()}
-    rungs = _probes(task, timings[BASE], budget=budget, slots=slots)
-    for name in (BASE, *entries, TEACHER):
-        if name in names:
-            settings = teacher_run(task) if name == TEACHER else entries[name]["settings"] if name in entries else {}
-            what = (
-                f"{task.teachers[0]['backbone']}, tuned by the base to teach" if name == TEACHER
-                else entries[name]["what"] if name in entries else "the plain recipe"
-            )  # fmt: skip
-            seconds = cost(timings[name], learn=learn, choose=choose, epochs=epochs)
-            rungs.append(Rung(name=name, stage="tune", what=what, settings=settings, epochs=epochs, seconds=seconds))
-    if TAUGHT in names:
-        by = "the runs before it" if not task.teachers else task.teachers[0]["backbone"]
-        more = len(task.unlabelled)
-        seconds = cost(_taught(timings), learn=learn + more, choose=choose, epochs=epochs) + more * timings[BASE].look
+    def _cost(self, timing: Timing, epochs: int, *, learn: int | None = None, fits: bool = False) -> float:
+        """Of a run that learns from `learn` images (default: those of train), which then are all: none chooses."""
+        counts, fits = self.task.counts, fits or self.task.file is None  # timm's net begins with a fitted head
+        if learn is None:
+            return cost(timing, learn=counts["train"], choose=counts["val"], epochs=epochs, fits=fits)
+        return cost(timing, learn=learn, choose=0, epochs=epochs, fits=fits)
+
+    def _probes(self) -> list[Rung]:
+        """Fitted heads on the features of all first weights, the deployed file's own among them, where that is cheap."""
+        starts = [{"name": "deployed", "weights": "deployed"}] if self.task.file is not None else []
+        seconds = self._cost(self.timings[BASE], 0, fits=True)
+        rungs = [
+            Rung(
+                name=f"probe-{start['name']}", stage="probe", what=f"a head fitted to the features of {start['name']}", epochs=0,
+                settings={"model": {"weights": start["weights"], "head": "probe"}, "train": {"max_steps": 0}}, seconds=seconds,
+            )
+            for start in (*starts, *self.task.starts)
+        ]  # fmt: skip
+        cheap = makespan((rung.seconds for rung in rungs), self.slots) <= PROBE_SHARE * self.budget
+        return rungs if self.task.chooses and cheap else []
+
+    def _tuned(self, epochs: int) -> list[Rung]:
+        task = self.task
+        teacher = task.teachers[0]["backbone"] if task.teachers else "its own first weights"
+        kinds: dict[str, tuple[str, Mapping[str, Any]]] = {BASE: ("the plain recipe", {})}
+        kinds |= {entry["name"]: (entry["what"], entry["settings"]) for entry in portfolio()}
+        kinds[TAUGHT] = f"taught by {teacher} at {'x'.join(map(str, teacher_size(task)))} px, with a fitted head", taught(task)
+        if task.teachers:
+            kinds[TEACHER] = f"{teacher}, tuned by the base to teach", teacher_run(task)
+        return [
+            Rung(
+                name=name, stage="tune", what=what, settings=settings, epochs=epochs,
+                seconds=self._cost(self.timings[name], epochs, fits=name == TEACHER),
+            )
+            for name, (what, settings) in kinds.items() if name in self.names
+        ]  # fmt: skip
+
+    def _student(self, epochs: int) -> list[Rung]:
+        if STUDENT not in self.names:
+            return []
+        more = len(self.task.unlabelled)
+        by = f"the tuned {self.task.teachers[0]['backbone']}" if TEACHER in self.names else "the runs before it"
+        counts = self.task.counts
+        seconds = cost(
+            self._student_timing, learn=counts["train"] + more, choose=counts["val"], epochs=epochs, fits=self.task.file is None
+        )
         what = f"the best of these, taught by {by}"
-        rungs.append(Rung(name=TAUGHT, stage="teach", what=what, settings={}, epochs=epochs, seconds=seconds))
-    costliest = max(
-        (_taught(timings) if name == TAUGHT else timings[name] for name in names if name in (TAUGHT, BASE, *entries)),
-        key=lambda timing: timing.step, default=timings[BASE],
-    )  # fmt: skip
-    named = len(task.unlabelled) if TAUGHT in names else 0
-    final = cost(costliest, learn=learn + choose + named, choose=0, epochs=epochs)
-    shipped = Rung(
-        name=FINAL, stage="ship",
-        what="the best again, on the images that chose as well" if choose else "the first of the portfolio",
-        settings=LEARN_ALL if choose else LEARN_ALL | unchosen(task, timings), epochs=epochs, seconds=final,
-    )  # fmt: skip
-    if PLAIN not in names:
-        return *rungs, shipped
-    plain_epochs = _plain_epochs(timings[BASE], learn=learn + choose, seconds=min(final, PLAIN_SHARE * budget))
-    what, seconds = "the plain recipe on the same images, for as long, to compare with", cost(
-        timings[BASE], learn=learn + choose, choose=0, epochs=plain_epochs
-    )
-    return *rungs, shipped, Rung(name=PLAIN, stage="ship", what=what, settings=LEARN_ALL, epochs=plain_epochs, seconds=seconds)
+        return [
+            Rung(
+                name=STUDENT, stage="teach", what=what, settings={}, epochs=epochs,
+                seconds=seconds + more * self.timings[BASE].look,
+            )
+        ]  # fmt: skip
+
+    @property
+    def _student_timing(self) -> Timing:
+        """What a student costs: the costliest rung's step, and a forward of each teacher."""
+        tuned = [self.timings[name] for name in self.names if name in self.timings and name != TEACHER]
+        costliest = max(tuned, key=lambda timing: timing.step)
+        teacher = self.timings.get(TEACHER) if TEACHER in self.names else None
+        look = len(tuned) * self.timings[BASE].look if teacher is None else teacher.look
+        return replace(costliest, step=costliest.step + look * costliest.batch, teacher_look=0.0)
+
+    def _shipped(self, epochs: int) -> list[Rung]:
+        task, counts = self.task, self.task.counts
+        learn = counts["train"] + counts["val"]
+        named = len(task.unlabelled) if STUDENT in self.names else 0
+        tried = [self.timings[name] for name in self.names if name in self.timings and name != TEACHER]
+        if STUDENT in self.names:
+            tried.append(self._student_timing)
+        if not task.chooses:
+            tried = [self.timings.get(TAUGHT, self.timings[BASE])]
+        costliest = max(tried, key=lambda timing: timing.step)
+        seconds = self._cost(costliest, epochs, learn=learn + named, fits=PLAIN not in self.names)
+        fits = LEARN_ALL | {"train": {"floor": PLAIN not in self.names}}
+        shipped = Rung(
+            name=FINAL, stage="ship",
+            what="the best again, on the images that chose as well" if task.chooses else "the first of the portfolio",
+            settings=fits if task.chooses else fits | unchosen(task, self.timings), epochs=epochs, seconds=seconds,
+        )  # fmt: skip
+        if PLAIN not in self.names:
+            return [shipped]
+        base, most = self.timings[BASE], min(seconds, PLAIN_SHARE * self.budget)
+        counted = [n for n in range(1, 4 * MOST_EPOCHS) if self._cost(base, n, learn=learn, fits=True) <= most + 1e-9]
+        plain_epochs = max(counted, default=1)
+        plain = Rung(
+            name=PLAIN, stage="ship", what="the plain recipe on the same images, for as long, to compare with",
+            settings=LEARN_ALL | {"train": {"floor": True}}, epochs=plain_epochs,
+            seconds=self._cost(base, plain_epochs, learn=learn, fits=True),
+        )  # fmt: skip
+        return [shipped, plain]
 
 
 LEARN_ALL = {"data": {"hold_out": False}}
 
 
-def _probes(task: Task, timing: Timing, *, budget: float, slots: int) -> list[Rung]:
-    """Fitted heads on the features of all first weights, the deployed file's own among them, where that is cheap."""
-    starts = [{"name": "deployed", "weights": "deployed"}] if task.file is not None else []
-    seconds = cost(timing, learn=task.counts["train"], choose=task.counts["val"], epochs=0)
-    rungs = [
-        Rung(
-            name=f"probe-{start['name']}", stage="probe", what=f"a head fitted to the features of {start['name']}", epochs=0,
-            settings={"model": {"weights": start["weights"], "head": "probe"}, "train": {"max_steps": 0}}, seconds=seconds,
-        )
-        for start in (*starts, *task.starts)
-    ]  # fmt: skip
-    cheap = makespan((rung.seconds for rung in rungs), slots) <= PROBE_SHARE * budget
-    return rungs if task.chooses and cheap else []
-
-
 def unchosen(task: Task, timings: Mapping[str, Timing]) -> dict[str, Any]:
-    """Settings of what ships where no image can choose: the first of the portfolio, taught where a teacher is at hand."""
+    """Settings of what ships where no image can choose: the first of the portfolio, taught where a teacher can be timed."""
     known = [entry["settings"] for entry in portfolio() if entry["name"] in timings]
     settings = copy.deepcopy(dict(known[0])) if known else {}
-    if TAUGHT in timings and (teacher := probed_teacher(task)) is not None:
-        merge(settings, {"techniques": {"distill": taught_by([teacher])}})
-    return settings
-
-
-def _plain_epochs(timing: Timing, *, learn: int, seconds: float) -> int:
-    """Epochs of the plain recipe in as many seconds."""
-    return max(
-        [1, *(n for n in range(1, 4 * MOST_EPOCHS) if cost(timing, learn=learn, choose=0, epochs=n) <= seconds + 1e-9)]
-    )
-
-
-def _taught(timings: Mapping[str, Timing]) -> Timing:
-    """What a taught run costs: as timed with the teacher at hand, or with a forward of two nets of the same kind."""
     if TAUGHT in timings:
-        return timings[TAUGHT]
-    base, most = timings[BASE], max((timings[n] for n in timings if n != TEACHER), key=lambda timing: timing.step)
-    return replace(most, step=most.step + 2 * base.look * base.batch)
+        merge(settings, taught(task))
+    return settings
 
 
 def _with_latest_starts(plan: Plan) -> Plan:

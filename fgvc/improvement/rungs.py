@@ -23,14 +23,14 @@ from fgvc.improvement.ladder import (
     BASE,
     FINAL,
     PLAIN,
-    TAUGHT,
+    STUDENT,
     TEACHER,
     Plan,
     Rung,
     Stage,
+    distilled,
     makespan,
-    probed_teacher,
-    taught_by,
+    old_teachers,
 )
 from fgvc.improvement.on_ray import share_on_ray
 from fgvc.improvement.recipes import Tree, merged, recipe_of, write_recipe
@@ -93,7 +93,7 @@ class Ladder:
             if self.plan.of("teach"):
                 self._name_unlabelled()
             if self._run("teach"):
-                self._choose("taught", [self.choices["best"], TAUGHT])
+                self._choose("student", [self.choices["best"], STUDENT])
             if self.plan.search:
                 self._search()
             self._choose_share(self.best)
@@ -102,7 +102,7 @@ class Ladder:
     @property
     def best(self) -> str | None:
         """The rung, or the trial of the search, that the images chose; None: there are none that choose."""
-        return self.choices.get("searched", self.choices.get("taught", self.choices.get("best")))
+        return self.choices.get("searched", self.choices.get("student", self.choices.get("best")))
 
     @property
     def ships(self) -> Path:
@@ -121,11 +121,9 @@ class Ladder:
             return rung.settings
         if rung.stage == "tune":
             return merged(self._start, rung.settings)
-        if name == TAUGHT:
+        if name == STUDENT:
             named = {"data": {"file": str(self._named)}} if self.task.unlabelled else {}
-            return merged(
-                self.settings(self.choices["best"]), {"techniques": {"distill": taught_by(self._teachers())}}, named
-            )
+            return merged(self.settings(self.choices["best"]), distilled(self._teachers()), named)
         own = self._start if self.best is None else self.settings(self.best)
         return merged(own, rung.settings)
 
@@ -136,17 +134,9 @@ class Ladder:
         return {} if start == BASE else {"model": self.settings(start)["model"]}
 
     def _teachers(self) -> list[Tree]:
-        """The tuned teacher, else the frozen one at hand, else the runs so far; and the deployed file where flips cost."""
-        old = [{"kind": "bundle", "path": self.task.file}] if self.task.keeps_answers else []
-        return [*self._better_teachers(), *old]
-
-    def _better_teachers(self) -> list[Tree]:
-        if self.has_run(TEACHER):
-            return [{"kind": "run", "path": str(self.run(TEACHER).absolute())}]
-        if (probed := probed_teacher(self.task)) is not None:
-            return [probed]
-        done = [rung.name for rung in self.plan.of("tune") if self.has_run(rung.name)]
-        return [{"kind": "run", "path": str(self.run(name).absolute())} for name in done]
+        """Of the student: the tuned teacher, else the average of the runs so far; and the deployed file where flips cost."""
+        runs = [TEACHER] if self.has_run(TEACHER) else [rung.name for rung in self.plan.of("tune") if self.has_run(rung.name)]
+        return [*({"kind": "run", "path": str(self.run(name).absolute())} for name in runs), *old_teachers(self.task)]
 
     @property
     def _named(self) -> Path:
@@ -155,7 +145,7 @@ class Ladder:
 
     def _name_unlabelled(self) -> None:
         """Name the images without labels, by the tuned teacher or else the best run."""
-        if self.task.unlabelled and TAUGHT not in self.outcomes and not self._named.is_file():
+        if self.task.unlabelled and STUDENT not in self.outcomes and not self._named.is_file():
             teacher = TEACHER if self.has_run(TEACHER) else self.choices["best"]
             count = write_named(self.task.unlabelled, self.run(teacher), self.out / "images.csv", self._named)
             self.say(f"{teacher} names {count} of the {len(self.task.unlabelled)} images without labels, the others are left out")
@@ -174,15 +164,18 @@ class Ladder:
                 self._set(rung.name, Outcome(status="dropped", reason="it would have started too late"))
         left = [rung for rung in left if rung.name not in self.outcomes]
         if left:
-            self._run_side_by_side(left)
+            self._run_side_by_side(stage, left)
         return [rung.name for rung in rungs if self.has_run(rung.name)]
 
-    def _run_side_by_side(self, rungs: Sequence[Rung]) -> None:
+    def _run_side_by_side(self, stage: Stage, rungs: Sequence[Rung]) -> None:
         ends = [rung.latest_start + rung.seconds for rung in rungs if rung.latest_start is not None]
         latest = max(ends, default=1.1 * self.plan.budget - self.plan.shipping)  # what ships can be a little late
         jobs = [self._job(rung) for rung in rungs]
+        # Decided when the stage begins: a rung that goes on with another number of threads ends with other bits.
+        together = self.choices.setdefault("together", {}).setdefault(stage, min(self.plan.slots, len(rungs)))
+        self._store()
         self.pool.run(
-            jobs, slots=self.plan.slots, until=lambda: self.clock.seconds > latest, tick=self.tick, done=self._note
+            jobs, slots=together, until=lambda: self.clock.seconds > latest, tick=self.tick, done=self._note
         )
         for rung in rungs:
             if rung.name not in self.outcomes:
@@ -247,7 +240,7 @@ class Ladder:
         """Search around the best rung's settings for as long as what ships still fits."""
         if "searched" in self.choices:
             return
-        best = self.choices.get("taught", self.choices["best"])
+        best = self.choices.get("student", self.choices["best"])
         rung = next(rung for rung in self.plan.rungs if rung.name == best)
         ship = makespan((rung.seconds for rung in self.plan.of("ship")), self.plan.slots)
         left = self.plan.budget - self.plan.shipping - ship - self.clock.seconds

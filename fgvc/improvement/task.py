@@ -95,7 +95,7 @@ class Task:
     rule: str  # which images choose and judge
     recipe: Mapping[str, Any]
     starts: tuple[Mapping[str, Any], ...]  # other weights for this net: name -> keys of model
-    teachers: tuple[Mapping[str, Any], ...]  # nets that may teach: backbone, weights, kwargs
+    teachers: tuple[Mapping[str, Any], ...]  # other nets at hand, which may teach: backbone, weights, kwargs
     keeps_answers: bool = False  # whether the deployed file teaches, too, so that fewer of its right answers are lost
     unlabelled: tuple[str, ...] = ()  # paths of more images, that a teacher names
     notes: tuple[str, ...] = field(default=())
@@ -330,7 +330,7 @@ def _recipe(settings: Mapping[str, Any], divided: Divided, out: Path, seed: int)
     write_atomic(table, divided.table())
     tree = recipe_of(read_tree(recipe_file(BASE)).tree, settings)
     tree["data"] = {"kind": "csv", "root": str(divided.index.root.absolute()), "file": str(table)}
-    merge(tree, {"select": "ema", "train.seed": seed, "train.workers": 0})
+    merge(tree, {"select": "ema", "train.seed": seed, "train.workers": 0, "train.floor": False})
     if not divided.counts["val"]:
         tree["data"]["val_fraction"] = 0.0
     return tree

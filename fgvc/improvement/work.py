@@ -22,7 +22,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from torch import nn
 
+from fgvc.config.images import Preprocess
 from fgvc.config.recipe import Recipe
 from fgvc.data.loader import evaluation_loader
 from fgvc.data.recipe import load_recipe
@@ -34,7 +36,7 @@ from fgvc.runs.folder import LOCK
 from fgvc.training.forecast import peak_memory
 from fgvc.training.log import Events
 from fgvc.training.optimizer_step import optimizer_step
-from fgvc.training.session import open_session
+from fgvc.training.session import Session, open_session
 from fgvc.training.trainer import train
 
 STEPS = 3  # that are timed, after one that sets up
@@ -49,6 +51,7 @@ class Timing:
     step: float  # seconds of a step, with the loading of its images
     batch: int  # images of a step
     look: float  # seconds of an image in evaluation, with its loading
+    teacher_look: float = 0.0  # the same of teachers whose heads are fitted first; 0: there are none
     peak_bytes: int
     device: str
 
@@ -67,17 +70,23 @@ def timing(recipe: Recipe, started: float) -> Timing:
                 if process.device.type != "cpu":
                     torch.accelerator.synchronize()
                 seconds.append(time.monotonic() - began)
-        net, rows = session.step.net.eval(), session.index.rows("train")[: 2 * session.batch]
-        began = time.monotonic()
-        with torch.inference_mode():
-            for batch in evaluation_loader(session.index, rows, spec=session.preprocess, batch_size=session.batch, workers=0):
-                net(batch.images.to(process.device, memory_format=memory_format(net))).cpu()
-        look = (time.monotonic() - began) / len(rows)
+        look = _look(session, session.step.net.eval(), session.preprocess)
+        teacher_look = sum(_look(session, probed.net, probed.spec) for probed in session.probed.values())
         timed = seconds[1:] or seconds
         return Timing(
-            start=start, step=statistics.median(timed), batch=session.batch, look=look, peak_bytes=peak_memory(process.device),
-            device=process.device.type,
+            start=start, step=statistics.median(timed), batch=session.batch, look=look, teacher_look=teacher_look,
+            peak_bytes=peak_memory(process.device), device=process.device.type,
         )  # fmt: skip
+
+
+def _look(session: Session, net: nn.Module, spec: Preprocess) -> float:
+    """Seconds of an image in evaluation, with its loading."""
+    rows = session.index.rows("train")[: 2 * session.batch]
+    began = time.monotonic()
+    with torch.inference_mode():
+        for batch in evaluation_loader(session.index, rows, spec=spec, batch_size=session.batch, workers=0):
+            net(batch.images.to(session.process.device, memory_format=memory_format(net))).cpu()
+    return (time.monotonic() - began) / len(rows)
 
 
 def work(words: list[str]) -> int:

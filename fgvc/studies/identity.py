@@ -98,7 +98,7 @@ def _weights(weights: str) -> str:
 
 
 def _teacher(settings: AnyTeacher) -> dict[str, Any]:
-    facts = settings.model_dump(mode="json", exclude={"path", "weights"})
+    facts = settings.model_dump(mode="json", exclude={"path", "weights", "onnx"})
     match settings:
         case RunTeacher(path=run):
             recipe = read_run(run)
@@ -113,7 +113,10 @@ def _teacher(settings: AnyTeacher) -> dict[str, Any]:
         case BundleTeacher(path=folder):
             files = load_bundle(folder).files  # without how it was proved, which may be fresh or by a kept graph
             facts["files"] = {name: digest for name, digest in files.items() if name != "contract.json"}
-        case TimmTeacher(weights=weights) | ProbeTeacher(weights=weights):
+        case ProbeTeacher(onnx=Path() as file):
+            facts["file"] = record_of(file)["sha256"]
+            facts["files"] = _files_digest([file.with_name("preprocess.json")])
+        case TimmTeacher(weights=str(weights)) | ProbeTeacher(weights=str(weights)):
             facts["weights"] = _weights(weights)
     return facts
 

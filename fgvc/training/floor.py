@@ -68,6 +68,8 @@ def fit_floor(session: Session) -> Floor | str:
     (model.head: probe)."""
     if session.recipe.model.weights == "none":
         return "no floor: the first weights are random"
+    if not session.recipe.train.floor and session.recipe.model.head != "probe":
+        return "no floor: train.floor is false"
     if session.index.unseen and not len(session.index.rows("val")) and session.recipe.model.head != "probe":
         return "no floor: no image that the deployed file has not seen could choose"
     process, results = session.process, list[Floor | str]()

@@ -18,6 +18,8 @@ from fgvc.errors import FgvcError
 from fgvc.io.names import some
 from fgvc.models.backbone import deployed, feature_map, memory_format, plain_model, refuse_size, zeros_through
 from fgvc.models.net import shipped_net
+from fgvc.models.onnxnet.classes import change_classes
+from fgvc.models.onnxnet.net import open_onnx
 from fgvc.models.probe import linear_head, require_linear_head, zero_head
 from fgvc.models.weights import Weights, load_weights, unlikely
 from fgvc.reparam.plain import strip_to
@@ -104,22 +106,38 @@ class TeacherLoader:
         return self._from_timm(loaded, student, name=f"{settings.backbone} of {loaded.weights.origin}")
 
     def _probe(self, settings: ProbeTeacher, student: Preprocess) -> Teacher:
-        if self.timed:
-            settings = settings.model_copy(update={"weights": "none"})
-        loaded = self._load_timm(settings, student)
-        refuse_size(loaded.net, loaded.spec.size, len(self.classes), settings.backbone)
-        require_linear_head(loaded.net, loaded.spec.size, settings.backbone)
+        from_file = settings.onnx is not None
+        loaded = self._load_file(settings, student) if from_file else self._load_timm(settings, student)
+        refuse_size(loaded.net, loaded.spec.size, len(self.classes), loaded.model.name)
+        require_linear_head(loaded.net, loaded.spec.size, loaded.model.name)
         last = set(map(id, linear_head(loaded.net).parameters()))
         rest = {name for name, value in loaded.net.named_parameters() if id(value) not in last}
         if missing := [name for name in loaded.weights.fresh if name in rest]:
             raise FgvcError(f"{loaded.weights.origin}: lacks what comes before the last layer: {some(missing)}")
         zero_head(loaded.net)  # that of the weights is of other classes, or random
         origin = digest(loaded.net, loaded.model.name, loaded.model.kwargs, loaded.spec.model_dump())
-        name = f"{settings.backbone} of {loaded.weights.origin}, frozen, its head fitted"
+        name = f"{loaded.model.name} of {loaded.weights.origin}, frozen, its head fitted"
         return self._from_timm(loaded, student, name=name, origin=origin)
 
-    def _load_timm(self, settings: TimmTeacher | ProbeTeacher, student: Preprocess) -> _TimmNet:
-        model = Model(backbone=settings.backbone, kwargs=settings.kwargs, weights=settings.weights)
+    def _load_file(self, settings: ProbeTeacher, student: Preprocess) -> _Loaded:
+        assert settings.onnx is not None
+        path = settings.onnx.expanduser()
+        if not path.is_file():
+            raise FgvcError(f"{path}: no such file")
+        model, fed = Model(onnx=path), stack_of(path).preprocess or student
+        net = open_onnx(path, settings.size, resized=True)
+        if net.num_classes != len(self.classes):
+            change_classes(net, len(self.classes))
+        size = settings.size or tuple(net.pretrained_cfg["input_size"][1:])
+        same = {key: getattr(fed, key) for key in ("mean", "std", "input_range", "channel_order")}
+        own = {key: value for key in ("mean", "std") if (value := getattr(settings, key)) is not None}
+        spec = student.model_copy(update=same | own | {"size": size})
+        return _Loaded(net, model, load_weights(net, model), spec)
+
+    def _load_timm(self, settings: TimmTeacher | ProbeTeacher, student: Preprocess) -> _Loaded:
+        assert settings.backbone is not None
+        weights_of = "none" if self.timed and settings.kind == "probe" else settings.weights
+        model = Model(backbone=settings.backbone, kwargs=settings.kwargs, weights=weights_of)
         net = plain_model(settings.backbone, len(self.classes), settings.kwargs)
         weights = load_weights(net, model, stated=[key for key in ("mean", "std") if getattr(settings, key) is not None])
         size = settings.size or tuple(net.pretrained_cfg["input_size"][1:])  # type: ignore[index]
@@ -132,9 +150,9 @@ class TeacherLoader:
                 "size": size,
             }
         )
-        return _TimmNet(net, model, weights, spec)
+        return _Loaded(net, model, weights, spec)
 
-    def _from_timm(self, loaded: _TimmNet, student: Preprocess, *, name: str, origin: str | None = None) -> Teacher:
+    def _from_timm(self, loaded: _Loaded, student: Preprocess, *, name: str, origin: str | None = None) -> Teacher:
         doubts = [*loaded.weights.doubts, *unlikely(loaded.spec, loaded.weights)]
         run = run_of(Path(loaded.model.weights).expanduser())
         if run is not None and self.index is not None and (overlap := held_out_overlap(run, self.index)):
@@ -242,8 +260,8 @@ def _deployed_file(path: Path, threads: int) -> tuple[Preprocess, tuple[str, ...
 
 
 @dataclass(frozen=True, slots=True)
-class _TimmNet:
-    """A timm net with its weights and the preprocessing of its input."""
+class _Loaded:
+    """A net with its weights and the preprocessing of its input."""
 
     net: nn.Module
     model: Model

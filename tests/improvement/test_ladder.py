@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -10,7 +11,19 @@ from hypothesis import strategies as st
 
 from fgvc.errors import FgvcError
 from fgvc.improvement.clock import seconds_of
-from fgvc.improvement.ladder import BASE, FINAL, PLAIN, TAUGHT, TEACHER, Plan, makespan, plan_ladder, portfolio
+from fgvc.improvement.ladder import (
+    BASE,
+    FINAL,
+    PLAIN,
+    STUDENT,
+    TAUGHT,
+    TEACHER,
+    Plan,
+    makespan,
+    plan_ladder,
+    portfolio,
+    taught,
+)
 from fgvc.improvement.task import Task
 from fgvc.improvement.work import Timing
 from fgvc.io.files import as_json
@@ -30,8 +43,9 @@ def timings(step: float = 0.9, *, portfolio_too: bool = True, teacher: bool = Fa
     def timed(factor: float) -> Timing:
         return Timing(start=6, step=step * factor, batch=32, look=step / 90, peak_bytes=10**9, device="cpu")
 
-    times = {BASE: timed(1)} | ({FIRST: timed(1.1), portfolio()[1]["name"]: timed(2)} if portfolio_too else {})
-    return times | ({TAUGHT: timed(1.7), TEACHER: timed(3)} if teacher else {})
+    own = replace(timed(1.5), teacher_look=step / 45)
+    times = {BASE: timed(1)} | ({FIRST: timed(1.1), TAUGHT: own} if portfolio_too else {})
+    return times | ({TAUGHT: replace(timed(1.7), teacher_look=step / 20), TEACHER: timed(3)} if teacher else {})
 
 
 def names(plan: Plan) -> list[str]:
@@ -40,13 +54,32 @@ def names(plan: Plan) -> list[str]:
 
 def test_more_time_makes_a_richer_ladder() -> None:
     ladders = [
-        names(plan_ladder(task(), timings(), budget=60 * minutes, spent=60, slots=2)) for minutes in (10, 25, 90, 240)
+        names(plan_ladder(task(), timings(), budget=60 * minutes, spent=60, slots=2)) for minutes in (10, 20, 40, 240)
     ]
     assert ladders[0] == [BASE, FINAL]
-    assert {FIRST, PLAIN} < set(ladders[1])
-    assert TAUGHT in ladders[2]
-    assert portfolio()[1]["name"] in ladders[3]
+    assert ladders[1] == [BASE, TAUGHT, FINAL, PLAIN]
+    assert {FIRST, TAUGHT} < set(ladders[2])
+    assert {FIRST, TAUGHT, STUDENT} < set(ladders[3])
     assert [len(ladder) for ladder in ladders] == sorted(len(ladder) for ladder in ladders)
+
+
+def test_what_ships_has_more_epochs_than_a_short_ladder_has() -> None:
+    plan = plan_ladder(task(choose=100), timings(), budget=1200, spent=60, slots=2)
+    epochs = {rung.name: rung.epochs for rung in plan.rungs}
+    assert epochs[BASE] == epochs[TAUGHT] <= epochs[FINAL] <= 12
+
+
+def test_the_deployed_file_itself_teaches_at_a_larger_size_and_where_flips_cost() -> None:
+    distill = taught(task())["techniques"]["distill"]
+    assert distill["teachers"] == [{"kind": "probe", "onnx": "net.onnx", "size": [224, 224]}]
+    kept = taught(replace(task(teacher=True), keeps_answers=True))["techniques"]["distill"]["teachers"]
+    assert [teacher["kind"] for teacher in kept] == ["probe", "bundle"]
+    assert kept[0]["backbone"] == "resnet50"
+
+
+def test_images_without_labels_are_for_a_student() -> None:
+    plan = plan_ladder(replace(task(), unlabelled=("a.png",) * 50), timings(), budget=1200, spent=60, slots=2)
+    assert names(plan) == [BASE, STUDENT, FINAL, PLAIN]
 
 
 def test_a_larger_net_at_hand_teaches_and_is_tuned_where_there_is_time() -> None:
@@ -54,14 +87,15 @@ def test_a_larger_net_at_hand_teaches_and_is_tuned_where_there_is_time() -> None
         plan_ladder(task(teacher=True), timings(teacher=True), budget=3600 * hours, spent=60, slots=2) for hours in (1, 4)
     )
     assert TAUGHT in names(short)
-    assert TEACHER in names(long)
+    assert {TEACHER, STUDENT} < set(names(long))
     assert next(rung for rung in long.rungs if rung.name == TEACHER).settings["image"]["size"] == [224, 224]
 
 
 def test_a_teacher_that_can_not_be_timed_teaches_nothing() -> None:
-    plan = plan_ladder(task(teacher=True), timings(), budget=4 * 3600, spent=60, slots=2)
+    known = {name: timing for name, timing in timings().items() if name != TAUGHT}
+    plan = plan_ladder(task(teacher=True), known, budget=4 * 3600, spent=60, slots=2)
     assert {TAUGHT, TEACHER}.isdisjoint(names(plan))
-    assert portfolio()[1]["name"] in names(plan)
+    assert {FIRST, STUDENT} < set(names(plan))
 
 
 @given(
@@ -93,8 +127,9 @@ def test_a_budget_for_no_epoch_is_refused_with_what_is_needed() -> None:
 def test_without_images_that_choose_the_recipe_that_won_elsewhere_ships() -> None:
     plan = plan_ladder(task(choose=0), timings(), budget=3600, spent=60, slots=2)
     assert names(plan) == [FINAL, PLAIN]
-    assert plan.rungs[0].settings["techniques"] == portfolio()[0]["settings"]["techniques"]
-    assert plan.rungs[1].settings.keys() == {"data"}
+    techniques = plan.rungs[0].settings["techniques"]
+    assert techniques == portfolio()[0]["settings"]["techniques"] | taught(task(choose=0))["techniques"]
+    assert plan.rungs[1].settings == {"data": {"hold_out": False}, "train": {"floor": True}}
 
 
 def test_a_plan_is_read_as_it_was_written() -> None:

@@ -343,3 +343,44 @@ def test_all_ranks_have_the_head_that_the_first_one_fitted(
         assert torch.equal(both[0][name], both[1][name])
         torch.testing.assert_close(both[0][name], alone[name])
     assert both[0]["fits"] == both[1]["fits"] == alone["fits"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the older exporter
+def test_a_deployed_file_s_net_teaches_at_a_larger_size(tmp_path: Path, recipe_tree: dict, weights: Path, teacher: dict) -> None:
+    """As timm's net does from which the file was made."""
+    net = timm.create_model("test_efficientnet", num_classes=7)
+    net.load_state_dict(load_file(weights))
+    file = tmp_path / "deployed.onnx"
+    torch.onnx.export(net.eval(), (torch.zeros(1, 3, 32, 32),), file, dynamo=False)
+    fed = Preprocess(size=(32, 32), mean=MEAN, std=STD)
+    (tmp_path / "preprocess.json").write_text(fed.model_dump_json())
+    x, answers = torch.randn(5, 3, 64, 64, generator=torch.Generator().manual_seed(0)), []
+    for one in (teacher, {"kind": "probe", "onnx": str(file), "size": 64}):
+        made = recipe(recipe_tree, one)
+        with process_group(made.train) as process, open_session(made, process) as session:
+            opened = session.step.attachments.teachers[0]
+            (fit,) = fit_teachers(session).values()
+            answers.append((fit.strength, opened(x).logits.softmax(1)))
+    (expected_strength, expected), (strength, found) = answers
+    assert strength == expected_strength
+    torch.testing.assert_close(found, expected, atol=5e-3, rtol=0)
+    assert expected.std(0).max() > 0.02
+
+    one = recipe(recipe_tree, {"kind": "probe", "onnx": str(file), "size": 64}, train={"epochs": 1})
+    run, before = trainer.train(one, tmp_path / "run"), digest(one)
+    trainer.train(one.model_copy(update={"train": one.train.model_copy(update={"epochs": 2})}), run)
+    (tmp_path / "preprocess.json").unlink()  # then it is fed as the run is
+    assert digest(one) != before
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"backbone": None, "weights": None}, "give backbone"),
+        ({"onnx": "x.onnx"}, "leave out backbone"),
+        ({"weights": "none"}, "random weights has nothing to teach"),
+    ],
+)
+def test_one_net_teaches(recipe_tree: dict, teacher: dict, given: dict, message: str) -> None:
+    with pytest.raises(FgvcError, match=message):
+        recipe(recipe_tree, teacher | given)

@@ -190,9 +190,11 @@ class OnnxNet(nn.Module):
         return own
 
 
-def open_onnx(path: Path, size: tuple[int, int] | None = None, *, output: str | None = None) -> OnnxNet:
+def open_onnx(
+    path: Path, size: tuple[int, int] | None = None, *, output: str | None = None, resized: bool = False
+) -> OnnxNet:
     """The net of a classifier's file, in eval mode; see `fgvc.models.onnxnet.read.read_graph`."""
-    return OnnxNet(read_graph(path, load_model(path), size, output=output)).eval()
+    return OnnxNet(read_graph(path, load_model(path), size, output=output, resized=resized)).eval()
 
 
 def _feature_info(stages: Iterable[tuple[str, int, int]]) -> list[dict[str, Any]]:

@@ -59,10 +59,10 @@ def load_model(path: Path) -> onnx.ModelProto:
 
 
 def read_graph(
-    path: Path, model: onnx.ModelProto, size: tuple[int, int] | None = None, *, output: str | None = None
+    path: Path, model: onnx.ModelProto, size: tuple[int, int] | None = None, *, output: str | None = None, resized: bool = False
 ) -> Graph:
-    """Convert a classifier's file, loaded by `load_model`. `size`: height and width, where the file leaves them open; `output`:
-    which of several.
+    """Convert a classifier's file, loaded by `load_model`. `size`: height and width, where the file leaves them open, or
+    (`resized`) in place of its own; `output`: which of several.
 
     Raises FgvcError that says which input, output or node can't be taken, and why.
     """
@@ -74,7 +74,7 @@ def read_graph(
     tensors = stored_tensors(model)
     _refuse_int8(path, graph)
     file = describe(model.SerializeToString(), output=output, where=path)
-    size, batch, name = _size(path, file, size), file.batch, file.output
+    size, batch, name = _size(path, file, size, resized), file.batch, file.output
     # Held: protobuf makes a new object for a node that nothing holds, and they are told apart by id.
     nodes = list(graph.node)
     consumers: dict[str, list[onnx.NodeProto]] = {}
@@ -239,8 +239,10 @@ def _refuse_int8(path: Path, graph: onnx.GraphProto) -> None:
         )
 
 
-def _size(path: Path, file: Description, size: tuple[int, int] | None) -> tuple[int, int]:
+def _size(path: Path, file: Description, size: tuple[int, int] | None, resized: bool) -> tuple[int, int]:
     """Height and width to read the graph for."""
+    if resized and size is not None:
+        return int(size[0]), int(size[1])
     if file.height is not None and file.width is not None:
         fixed = (file.height, file.width)
         if size is not None and tuple(size) != fixed:

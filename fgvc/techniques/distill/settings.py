@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 from typing_extensions import override
 
 from fgvc.config.images import Spread, Triple, possible_mean
@@ -18,15 +18,14 @@ class _Weighted(Section):
     weight: float = Field(1.0, gt=0, description="share in the mean of several teachers, in units of the others'")
 
 
-class _OfTimm(_Weighted):
-    """Any timm classifier."""
+class _Fed(_Weighted):
+    """A net with an input of its own."""
 
-    backbone: str = Field(description="by timm's name")
-    weights: str = Field(description="as model.weights")
     kwargs: dict[str, Any] = Field(default_factory=dict, description="passed to timm.create_model")
     size: Size | None = Field(
         None,
-        description="of its input: one number for a square, or [height, width]; default: what timm's weights were trained at",
+        description="of its input: one number for a square, or [height, width]; default: what timm's weights were trained at, or "
+        "the file's own",
     )
     mean: Triple | None = Field(None, description="of its input, RGB in [0,1]; default: as model.weights says")
     std: Spread | None = Field(None, description="likewise")
@@ -36,28 +35,48 @@ class _OfTimm(_Weighted):
     def _within_range(cls, mean: Triple | None) -> Triple | None:
         return mean if mean is None else possible_mean(mean, 1)
 
-    @field_validator("weights")
-    @classmethod
-    def _trained(cls, weights: str) -> str:
-        if weights == "none":
-            raise ValueError("a teacher of random weights has nothing to teach; give a file")
-        return weights
+
+def _trained(weights: str) -> str:
+    if weights == "none":
+        raise ValueError("a teacher of random weights has nothing to teach; give a file")
+    return weights
 
 
-class TimmTeacher(_OfTimm):
+Trained = Annotated[str, AfterValidator(_trained)]
+
+
+class TimmTeacher(_Fed):
     """Any timm classifier, fine-tuned elsewhere; its outputs must be this run's classes in this run's order."""
 
     kind: Literal["timm"] = "timm"
-    weights: str = Field(
+    backbone: str = Field(description="by timm's name")
+    weights: Trained = Field(
         description="as model.weights: a file, mostly; its head must have this run's number of outputs"
     )
 
 
-class ProbeTeacher(_OfTimm):
-    """A pretrained timm net whose head is fitted before the first step, by logistic regression, to the training images."""
+class ProbeTeacher(_Fed):
+    """A pretrained net, timm's or a deployed file's, whose head is fitted before the first step, by logistic regression, to the
+    training images."""
 
     kind: Literal["probe"] = "probe"
-    weights: str = Field(description="as model.weights, of whatever classes: their own head is dropped")
+    backbone: str | None = Field(None, description="by timm's name. This or onnx")
+    onnx: Path | None = Field(
+        None,
+        description="a deployed .onnx file, such as this run's own, at a larger size; fed as its preprocess.json says, else as "
+        "this run",
+    )
+    weights: Trained | None = Field(
+        None, description="as model.weights, of whatever classes: their own head is dropped. A file's are its own"
+    )
+
+    @model_validator(mode="after")
+    def _one_net(self) -> ProbeTeacher:
+        if self.onnx is None and (self.backbone is None or self.weights is None):
+            raise ValueError("give backbone (a net of timm, by name) and weights, or onnx (a deployed file)")
+        if self.onnx is not None and (self.backbone is not None or self.weights is not None or self.kwargs):
+            raise ValueError("onnx: the file has its net and its weights; leave out backbone, weights and kwargs")
+        return self
 
 
 class RunTeacher(_Weighted):
@@ -98,9 +117,10 @@ class DistillSettings(TechniqueSettings):
         (EmaTeacher(),),
         description="any of {kind: run, path: RUN}, {kind: bundle, path: BUNDLE or deployed.onnx}, {kind: timm, backbone: NAME, "
         "weights: FILE} (trained on these classes), {kind: probe, backbone: NAME, weights: FILE, size: 224} (pretrained alone: "
-        "before the first step a head is fitted to its frozen features of the training images), {kind: ema} (the run's own "
-        "average); of several the softened probabilities are averaged by their `weight`. A larger one sees the larger render "
-        "where nothing mixes or erases the images, else the student's pixels enlarged",
+        "before the first step a head is fitted to its frozen features of the training images), {kind: probe, onnx: "
+        "deployed.onnx, size: 224} (the same of a deployed file's net), {kind: ema} (the run's own average); of several the "
+        "softened probabilities are averaged by their `weight`. A larger one sees the larger render where nothing mixes or "
+        "erases the images, else the student's pixels enlarged",
     )
     method: Literal["kd", "dkd"] = Field(
         "kd", description="dkd needs whole labels: a step whose labels are mixed falls back to kd"
