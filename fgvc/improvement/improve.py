@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -48,6 +49,7 @@ from fgvc.training.automatic import free_bytes
 
 LONG = 180.0  # seconds of a budget, from which more than the plain recipe is timed
 MEMORY_SHARE = 0.8  # of what is free, that the rungs side by side may take
+RUN_SIZE = 8  # a run's folder over its weights: checkpoints with averages and the optimizer's state
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -225,9 +227,20 @@ def _plan(request: Request, task: Task, out: Path, clock: Clock, view: View, poo
     else:
         timings, slots = _timings(task, out, clock, view, pool, budget=request.budget)
         plan = plan_ladder(task, timings, budget=request.budget, spent=clock.seconds, slots=slots, search=request.search)
+        _refuse_full(out, plan, timings)
         write_atomic(file, as_json(plan.record))
     view.plan(plan)
     return plan
+
+
+def _refuse_full(out: Path, plan: Plan, timings: Mapping[str, Timing]) -> None:
+    """Raise FgvcError where the disk has no room for the runs: not after an hour's training."""
+    need = RUN_SIZE * max(timing.weights_bytes for timing in timings.values()) * (len(plan.rungs) + 2)
+    if (free := shutil.disk_usage(out).free) < need:
+        raise FgvcError(
+            f"{out}: {free / 2**30:.1f} GB are free on its disk, and {len(plan.rungs)} runs need about {need / 2**30:.1f} GB; "
+            "free some, or choose an --out on another disk"
+        )
 
 
 def _timings(

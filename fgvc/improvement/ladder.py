@@ -27,11 +27,11 @@ FULL_EPOCHS = 12  # that what ships gets where the budget has them, however shor
 TEACHER_SCALE = 1.4  # side of a teacher's input over the network's, about: 160 px are taught at 224
 SAFETY = 1.1  # times what was timed
 VIEWS = 3  # of an image, from which a head is fitted
-FIT = 0.005  # seconds of the fit for each of them
+FIT = 2e-4  # seconds of the fit for each of them, and for each class
 ALONE = 0.7  # of its time, that a rung takes with the threads of two
 UNFOLDED = 512  # images by which scales are fitted to a deployed file's folded norms
 SHIPPING = 30.0  # seconds of export and proofs, and of the page
-BETWEEN, JUDGED = 12, 5  # looks at each image: of nets between a start and an end; of all that are judged
+BETWEEN, JUDGED = 8, 5  # looks at each image: of nets between a start and an end; of all that are judged
 PLAIN_SHARE = 1 / 4  # of the budget, at most
 PROBE_SHARE = 1 / 15
 SEARCH_SHARE = 0.4  # of what is left of the budget
@@ -144,11 +144,12 @@ def makespan(seconds: Iterable[float], slots: int) -> float:
     return max(busy)
 
 
-def cost(timing: Timing, *, learn: int, choose: int, epochs: int, fits: bool = False) -> float:
+def cost(timing: Timing, *, learn: int, choose: int, epochs: int, classes: int, fits: bool = False) -> float:
     """Seconds of a run: its start, the scores before and after, the fit of a teacher's head and (`fits`) of one of its own, and
     its steps."""
     looks = (3 * choose + UNFOLDED) * timing.look
-    fitted = VIEWS * learn * (timing.look + FIT) * fits + VIEWS * learn * (timing.teacher_look + FIT) * (timing.teacher_look > 0)
+    views, fit = VIEWS * learn, FIT * classes
+    fitted = views * (timing.look + fit) * fits + views * (timing.teacher_look + fit) * (timing.teacher_look > 0)
     steps = max(1, learn // timing.batch) * epochs
     return SAFETY * (timing.start + looks + fitted + steps * timing.step)
 
@@ -228,10 +229,11 @@ class _Draft:
 
     def _cost(self, timing: Timing, epochs: int, *, learn: int | None = None, fits: bool = False) -> float:
         """Of a run that learns from `learn` images (default: those of train), which then are all: none chooses."""
-        counts, fits = self.task.counts, fits or self.task.file is None  # timm's net begins with a fitted head
+        counts, classes = self.task.counts, len(self.task.classes)
+        fits = fits or self.task.file is None  # timm's net begins with a fitted head
         if learn is None:
-            return cost(timing, learn=counts["train"], choose=counts["val"], epochs=epochs, fits=fits)
-        return cost(timing, learn=learn, choose=0, epochs=epochs, fits=fits)
+            return cost(timing, learn=counts["train"], choose=counts["val"], epochs=epochs, classes=classes, fits=fits)
+        return cost(timing, learn=learn, choose=0, epochs=epochs, classes=classes, fits=fits)
 
     def _probes(self) -> list[Rung]:
         """Fitted heads on the features of all first weights, the deployed file's own among them, where that is cheap."""
@@ -270,8 +272,9 @@ class _Draft:
         by = f"the tuned {self.task.teachers[0]['backbone']}" if TEACHER in self.names else "the runs before it"
         counts = self.task.counts
         seconds = cost(
-            self._student_timing, learn=counts["train"] + more, choose=counts["val"], epochs=epochs, fits=self.task.file is None
-        )
+            self._student_timing, learn=counts["train"] + more, choose=counts["val"], epochs=epochs,
+            classes=len(self.task.classes), fits=self.task.file is None,
+        )  # fmt: skip
         what = f"the best of these, taught by {by}"
         return [
             Rung(

@@ -54,6 +54,7 @@ class Timing:
     teacher_look: float = 0.0  # the same of teachers whose heads are fitted first; 0: there are none
     peak_bytes: int
     device: str
+    weights_bytes: int = 0  # of all parameters and buffers
 
 
 def timing(recipe: Recipe, started: float) -> Timing:
@@ -75,8 +76,12 @@ def timing(recipe: Recipe, started: float) -> Timing:
         timed = seconds[1:] or seconds
         return Timing(
             start=start, step=statistics.median(timed), batch=session.batch, look=look, teacher_look=teacher_look,
-            peak_bytes=peak_memory(process.device), device=process.device.type,
+            peak_bytes=peak_memory(process.device), device=process.device.type, weights_bytes=_weights_bytes(session.step),
         )  # fmt: skip
+
+
+def _weights_bytes(module: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in [*module.parameters(), *module.buffers()])
 
 
 def _look(session: Session, net: nn.Module, spec: Preprocess) -> float:

@@ -5,6 +5,7 @@ WiSE-FT (Wortsman et al., CVPR 2022, arXiv:2109.01903).
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -30,6 +31,7 @@ from fgvc.runs.loaded import LoadedRun
 from fgvc.runs.record import NAME
 from fgvc.training.log import Events
 
+KEPT = 2**30  # bytes of images that are decoded once for all shares; more are decoded for each
 SHARES = tuple(round(0.1 * tenth, 1) for tenth in range(11))
 COPIED_FILES = ("config.yaml", "labels.json", "preprocess.json", "env.json", "metrics.csv", "events.jsonl", NAME, RECORD)
 SESSION_KEYS = ("optimizer", "scaler", "rng", "answers")  # of a checkpoint: what training goes on with, and its net's predictions
@@ -139,13 +141,15 @@ def _validation_scores(
             unreadable.update(dict.fromkeys(str(error) for error in batch.bad))
             yield batch.images, batch.labels
 
+    kept = list(batches()) if 12 * math.prod(run.preprocess.size) * len(rows) <= KEPT else None
     with run.on_device(device) as (place, layout):
         for share in track(SHARES, "shares", len(SHARES)):
             net.load_state_dict(interpolate_weights(*ends, share))
             try:
                 scores[share] = metrics.evaluate(
-                    net, batches(), classes=classes, device=place, memory_format=layout, ending=run.preprocess.ending
-                )
+                    net, batches() if kept is None else kept,
+                    classes=classes, device=place, memory_format=layout, ending=run.preprocess.ending,
+                )  # fmt: skip
             except NoNumbersError:  # both ends may be well, and what lies between not
                 scores[share] = None
     return scores, tuple(unreadable)

@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fgvc.config.conflicts import whole_label_conflicts
 from fgvc.config.loading import validate
-from fgvc.config.recipe import Recipe, whole_label_conflicts
+from fgvc.config.recipe import Recipe
 from fgvc.config.techniques import Techniques, settings_by_kind
 from fgvc.errors import FgvcError
 from fgvc.reparam.plain import strip

@@ -22,7 +22,7 @@ from fgvc.exporting.deployed import compare_written
 from fgvc.improvement.improve import _claimed, run_improvement
 from fgvc.improvement.rungs import right_on_choose
 from fgvc.improvement.side_by_side import Job
-from fgvc.improvement.task import look
+from fgvc.improvement.task import Request, look
 from fgvc.improvement.view import View
 from tests.improvement.conftest import NAMES, planned, request_for
 from tests.trained import copied
@@ -87,6 +87,18 @@ def test_a_file_that_nothing_is_better_than(better: Path, pictures: Path, tmp_pa
     assert result.bundle is None
     assert (tmp_path / "better" / "candidate" / "model.onnx").is_file()
     assert not (tmp_path / "better" / "bundle").exists()
+
+
+def test_a_disk_without_room_for_the_runs_is_said_before_any(
+    deployed: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(place: object) -> tuple[int, int, int]:
+        return shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000)
+
+    monkeypatch.setattr("fgvc.improvement.improve.shutil.disk_usage", full)
+    with pytest.raises(FgvcError, match=r"0\.0 GB are free on its disk, and \d runs need about"):
+        run_improvement(Request(target=str(deployed), data=pictures, budget=130), tmp_path / "better", dry_run=True)
+    assert not (tmp_path / "better" / "plan.json").exists()
 
 
 def test_a_flat_folder_is_exit_code_4(deployed: Path, pictures: Path, tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from fgvc.config.conflicts import whole_label_conflicts
 from fgvc.config.exporting import Export
-from fgvc.config.recipe import whole_label_conflicts
 from fgvc.config.techniques import Techniques, settings_by_kind
 from fgvc.exporting.prove import PlainBackbone
 from fgvc.models.backbone import plain_model
