@@ -31,7 +31,7 @@ FIT = 2e-4  # seconds of the fit for each of them, and for each class
 ALONE = 0.7  # of its time, that a rung takes with the threads of two
 UNFOLDED = 512  # images by which scales are fitted to a deployed file's folded norms
 SHIPPING = 30.0  # seconds of export and proofs, and of the page
-BETWEEN, JUDGED = 8, 5  # looks at each image: of nets between a start and an end; of all that are judged
+BETWEEN, JUDGED = 8, 5  # looks at an image: by the nets between a start and an end, decoded once; by all that are judged
 PLAIN_SHARE = 1 / 4  # of the budget, at most
 PROBE_SHARE = 1 / 15
 SEARCH_SHARE = 0.4  # of what is left of the budget
@@ -56,7 +56,7 @@ class Plan:
 
     budget: float  # seconds of working time
     slots: int  # rungs side by side
-    shipping: float  # seconds kept for interpolation, export, judgement and page
+    shipping: float  # seconds kept for export, judgement and page
     rungs: tuple[Rung, ...]
     left_out: Mapping[str, str]  # rung -> why
     search: float = 0.0  # seconds at least, of a search around the best
@@ -147,7 +147,7 @@ def makespan(seconds: Iterable[float], slots: int) -> float:
 def cost(timing: Timing, *, learn: int, choose: int, epochs: int, classes: int, fits: bool = False) -> float:
     """Seconds of a run: its start, the scores before and after, the fit of a teacher's head and (`fits`) of one of its own, and
     its steps."""
-    looks = (3 * choose + UNFOLDED) * timing.look
+    looks = ((3 + BETWEEN * (epochs > 0)) * choose + UNFOLDED) * timing.look
     views, fit = VIEWS * learn, FIT * classes
     fitted = views * (timing.look + fit) * fits + views * (timing.teacher_look + fit) * (timing.teacher_look > 0)
     steps = max(1, learn // timing.batch) * epochs
@@ -162,8 +162,7 @@ def plan_ladder(
 
     Raises FgvcError where not even the plainest fits.
     """
-    looks = BETWEEN * task.counts["val"] + JUDGED * task.counts["test"]
-    shipping = SHIPPING + looks * timings[BASE].look
+    shipping = SHIPPING + JUDGED * task.counts["test"] * timings[BASE].look
     left = budget - spent - shipping
     searching = SEARCH_SHARE * max(0.0, left) if search and task.chooses else 0.0
     left -= searching

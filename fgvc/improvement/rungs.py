@@ -61,6 +61,7 @@ class Outcome:
     right: int = 0  # of the images that choose
     of: int = 0
     seconds: float = 0.0  # that it took
+    share: float = 1.0  # of the way from its start to its end, where it is best: that is what is right
 
     @property
     def accuracy(self) -> float:
@@ -83,6 +84,7 @@ class Ladder:
         stored = read_json(self._file, dict) if self._file.is_file() else {"outcomes": {}, "choices": {}}
         self.outcomes = {name: Outcome(**row) for name, row in stored["outcomes"].items()}
         self.choices: dict[str, Any] = stored["choices"]
+        self._answers: dict[str, NDArray[np.bool_]] = {}  # of runs to the images that choose
 
     def climb(self) -> None:
         """Run all stages. Raises FgvcError where nothing is left that could ship; KeyboardInterrupt after saving."""
@@ -96,7 +98,6 @@ class Ladder:
                 self._choose("student", [self.choices["best"], STUDENT])
             if self.plan.search:
                 self._search()
-            self._choose_share(self.best)
         self._ship()
 
     @property
@@ -135,8 +136,9 @@ class Ladder:
 
     def _teachers(self) -> list[Tree]:
         """Of the student: the tuned teacher, else the average of the runs so far; and the deployed file where flips cost."""
-        runs = [TEACHER] if self.has_run(TEACHER) else [rung.name for rung in self.plan.of("tune") if self.has_run(rung.name)]
-        return [*({"kind": "run", "path": str(self.run(name).absolute())} for name in runs), *old_teachers(self.task)]
+        names = [TEACHER] if self.has_run(TEACHER) else [rung.name for rung in self.plan.of("tune") if self.has_run(rung.name)]
+        runs = [{"kind": "run", "path": str(self._best_point(name).absolute())} for name in names]
+        return [*runs, *old_teachers(self.task)]
 
     @property
     def _named(self) -> Path:
@@ -147,7 +149,7 @@ class Ladder:
         """Name the images without labels, by the tuned teacher or else the best run."""
         if self.task.unlabelled and STUDENT not in self.outcomes and not self._named.is_file():
             teacher = TEACHER if self.has_run(TEACHER) else self.choices["best"]
-            count = write_named(self.task.unlabelled, self.run(teacher), self.out / "images.csv", self._named)
+            count = write_named(self.task.unlabelled, self._best_point(teacher), self.out / "images.csv", self._named)
             self.say(f"{teacher} names {count} of the {len(self.task.unlabelled)} images without labels, the others are left out")
 
     def has_run(self, name: str) -> bool:
@@ -191,8 +193,9 @@ class Ladder:
         elif ended.code:
             self._set(name, Outcome(status="failed", reason=ended.message, seconds=ended.seconds))
         else:
-            right, seconds = right_on_choose(self.run(name)), self._seconds(name, ended.seconds)
-            self._set(name, Outcome(status="done", right=int(right.sum()), of=len(right), seconds=seconds))
+            right, seconds = self._right_of(name), self._seconds(name, ended.seconds)
+            share = self.share(name)
+            self._set(name, Outcome(status="done", right=int(right.sum()), of=len(right), seconds=seconds, share=share))
 
     def _is_full(self, message: str) -> bool:
         """Whether a process that failed did so for want of space: on the disk, or of the user's quota."""
@@ -208,7 +211,10 @@ class Ladder:
         path = self.out / "recipes" / f"{rung.name}.yaml"
         settings = merged(self.settings(rung.name), self._length(rung))
         write_recipe(recipe_of(self.task.recipe, settings), path)
-        return Job(rung.name, ("train", str(path), str(self.run(rung.name))), self.out / "logs" / f"{rung.name}.log")
+        words = ["train", str(path), str(self.run(rung.name))]
+        if self.task.chooses and rung.stage in ("tune", "teach"):
+            words.append(str(self._between(rung.name)))
+        return Job(rung.name, tuple(words), self.out / "logs" / f"{rung.name}.log")
 
     @staticmethod
     def _length(rung: Rung) -> Tree:
@@ -218,6 +224,7 @@ class Ladder:
         self.outcomes[name] = outcome
         self._store()
         chosen = f": {100 * outcome.accuracy:.1f} % of the {outcome.of} images that choose" if outcome.of else ""
+        chosen += f", {outcome.share:g} of the way from its start to its end" if outcome.share < 1 else ""
         minutes = f", {outcome.seconds / 60:.1f} min" if outcome.seconds else ""
         self.say(f"{name}: {outcome.status}{chosen}{minutes}" + (f" ({outcome.reason})" if outcome.reason else ""))
 
@@ -253,7 +260,9 @@ class Ladder:
         else:
             search(self.out, space, slots=self.plan.slots, seed=seed, pool=self.pool, tick=self.tick, say=self.say)
         trial = best_trial(self.out, seed)
-        if trial is not None and wins(right_on_choose(self.run(trial[0])), self._right(best)):
+        if trial is not None and not self._between(trial[0]).exists():
+            interpolate(self.run(trial[0]), self._between(trial[0]))
+        if trial is not None and wins(self._right(trial[0]), self._right(best)):
             self.choices |= {"searched": trial[0], "trial": merged(self.settings(best), trial[1])}
         else:
             self.choices["searched"] = best
@@ -262,36 +271,41 @@ class Ladder:
     def _right(self, name: str) -> NDArray[np.bool_]:
         """A rung's answers to the images that choose; the base's before it is trained are the deployed file's."""
         done = self.has_run(name) or name.startswith("trial-")
-        return right_on_choose(self.run(name)) if done else self.standing
+        return self._right_of(name) if done else self.standing
 
-    def _choose_share(self, name: str | None) -> None:
-        """Between the best rung's start and its end: the share that the images like best, if it wins against the end."""
-        if name is None or "share" in self.choices:
-            return
-        between, share = self.run(f"{name}-{BETWEEN}"), 1.0
-        try:
-            if not between.exists():
-                interpolate(self.run(name), between)
-            best = read_json(between / INTERPOLATION, dict)["share"]
-            if best < 1 and wins(evaluate(between, "val").right, self._right(name)):
-                share = best
-        except FgvcError as error:
-            self.say(f"no way between the start and the end of {name}: {error}")
-        self.choices["share"] = share
-        self._store()
+    def _right_of(self, name: str) -> NDArray[np.bool_]:
+        """A run's answers to the images that choose, at its best point."""
+        if name not in self._answers:
+            at_end = self.share(name) == 1
+            self._answers[name] = right_on_choose(self.run(name)) if at_end else evaluate(self._between(name), "val").right
+        return self._answers[name]
+
+    def share(self, name: str) -> float:
+        """Share of the way from a run's start to its end where the images that choose like it best."""
+        file = self._between(name) / INTERPOLATION
+        return float(read_json(file, dict)["share"]) if file.is_file() else 1.0
+
+    def _between(self, name: str) -> Path:
+        return self.run(f"{name}-{BETWEEN}")
+
+    def _best_point(self, name: str) -> Path:
+        """The run at its best share."""
+        return self._between(name) if self.share(name) < 1 else self.run(name)
 
     def _ship(self) -> None:
-        """Train the best again, on the images that chose as well, which then ships by rule; and the plain recipe beside it."""
-        is_plain = self.best == BASE and not self._start and self.choices["share"] == 1
+        """Train the best again, on the images that chose as well, which then ships by rule, as far from its start as the best was
+        best; and the plain recipe beside it."""
+        share = self.choices.setdefault("share", 1.0 if self.best is None else self.share(self.best))
+        is_plain = self.best == BASE and not self._start and share == 1
         if is_plain and PLAIN not in self.outcomes and self.plan.of("ship")[-1].name == PLAIN:
             self._set(PLAIN, Outcome(status="dropped", reason="what ships is the plain recipe"))
         self._run("ship")
         start = self.choices.get("start", BASE)
         best = self.best if self.best is not None else start if start != BASE else None
-        ships, share = FINAL if self.has_run(FINAL) else best, self.choices.get("share", 1.0)
+        ships = FINAL if self.has_run(FINAL) else best
         if ships is None:
             raise FgvcError(f"{self.run(FINAL)}: {self.outcomes[FINAL].reason}, and nothing else could ship; give more --budget")
-        if share < 1:  # of the way from the start of what ships; of the best rung it is there
+        if share < 1:
             end, ships = ships, f"{ships}-{BETWEEN}"
             if not self.run(ships).exists():
                 interpolate(self.run(end), self.run(ships), share=share)

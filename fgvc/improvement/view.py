@@ -60,7 +60,7 @@ class View:
         self._console.print(table)
         self.say(
             f"about {duration(plan.seconds)} of {duration(plan.budget)}, "
-            f"{plan.slots} side by side; {duration(plan.shipping)} are for interpolation, export, judgement and page"
+            f"{plan.slots} side by side; {duration(plan.shipping)} are for export, judgement and page"
         )
         for name, why in plan.left_out.items():
             self.say(f"left out: {name}: {why}")
@@ -98,6 +98,8 @@ class View:
         if rung is None or not events.is_file():
             return "starts"
         epoch = next((event["epoch"] for event in reversed(_tail(events)) if event.get("event") == "step"), None)
+        if any(event.get("event") == "finished" for event in _tail(events)):
+            return "between its start and its end"
         return "starts" if epoch is None else f"epoch {epoch + 1} of {rung.epochs}"
 
 

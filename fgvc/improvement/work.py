@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fgvc.api import interpolate
 from fgvc.config.images import Preprocess
 from fgvc.config.recipe import Recipe
 from fgvc.data.loader import evaluation_loader
@@ -95,7 +96,8 @@ def _look(session: Session, net: nn.Module, spec: Preprocess) -> float:
 
 
 def work(words: list[str]) -> int:
-    """Do `time RECIPE` or `train RECIPE RUN`; returns the exit code."""
+    """Do `time RECIPE` or `train RECIPE RUN [BETWEEN]`; returns the exit code. BETWEEN: a folder for the net between the run's
+    start and its end that the images that choose like best."""
     started = time.monotonic()
     try:
         recipe = load_recipe(Path(words[1]))
@@ -103,13 +105,23 @@ def work(words: list[str]) -> int:
             print(json.dumps(asdict(timing(recipe, started))))
         else:
             _wait_for(Path(words[2]))
-            train(recipe, Path(words[2]))
+            run = train(recipe, Path(words[2]))
+            if len(words) > 3 and not Path(words[3]).exists():
+                _interpolate(run, Path(words[3]))
     except FgvcError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _interpolate(run: Path, between: Path) -> None:
+    """The best net between a run's start and its end, if there is a way: not where the start's head had learnt nothing."""
+    try:
+        interpolate(run, between)
+    except FgvcError as error:
+        print(f"no way between the start and the end: {error}", file=sys.stderr)
 
 
 def _wait_for(run: Path) -> None:

@@ -35,18 +35,20 @@ class Floor:
 
     fit: HeadFit
     probe: Probe
-    predictions: Predictions  # for validation, or for each training image by the fold that did not learn from it
+    predictions: Predictions  # N: for validation, or for each training image by the fold that did not learn from it
     labels: NDArray[np.int64]  # (N,)
-    folds: int | None  # None: there is a validation split
+    folds: int | None  # None: there is a validation split; 0: no image could score it, the net has seen all of these
 
     @property
-    def top1(self) -> float:
-        """Share of right predictions, in [0,1]."""
-        return float((self.predictions.classes == self.labels).mean())
+    def top1(self) -> float | None:
+        """Share of right predictions, in [0,1]; None: there are none."""
+        return float((self.predictions.classes == self.labels).mean()) if len(self.labels) else None
 
     @property
     def facts(self) -> dict[str, Any]:
         """Row for events.jsonl."""
+        if self.top1 is None:
+            return asdict(self.fit)
         on = "val" if self.folds is None else f"{self.folds} folds of train"
         return {"top1": round(self.top1, 6), "on": on, "of": len(self.labels), **asdict(self.fit)}
 
@@ -58,6 +60,8 @@ class Floor:
         }  # fmt: skip
 
     def __str__(self) -> str:
+        if self.top1 is None:
+            return f"floor: {self.fit}, not scored: no image that the deployed file has not seen could choose"
         of = "validation" if self.folds is None else f"training images, in {self.folds} folds"
         return f"floor: {100 * self.top1:.2f} % of {len(self.labels)} {of}: {self.fit}"
 
@@ -70,8 +74,6 @@ def fit_floor(session: Session) -> Floor | str:
         return "no floor: the first weights are random"
     if not session.recipe.train.floor and session.recipe.model.head != "probe":
         return "no floor: train.floor is false"
-    if session.index.unseen and not len(session.index.rows("val")) and session.recipe.model.head != "probe":
-        return "no floor: no image that the deployed file has not seen could choose"
     process, results = session.process, list[Floor | str]()
 
     def fit() -> None:
@@ -105,6 +107,9 @@ def _fit(session: Session) -> Floor:
         held_out = view_features(net, spec, index, validation, recipe=session.recipe, device=session.process.device, views=0)
         classes = probe.logits(held_out.vectors).argmax(1)
         return Floor(fit, probe, Predictions(held_out.rows, classes), held_out.labels, None)
+    if index.unseen:
+        none = np.empty(0, np.int64)
+        return Floor(fit, probe, Predictions(none, none), none, 0)
     rows, first = np.unique(features.rows, return_index=True)  # as evaluation sees them: these come first
     classes = _cross_fitted(session, features, probe.strength)
     predicted = classes[first] >= 0

@@ -64,6 +64,22 @@ def test_a_baseline_is_a_run_that_reached_its_end(ladder: Ladder) -> None:
     assert ladder.has_run(PLAIN)
 
 
+def test_runs_are_compared_where_each_is_best(ladder: Ladder) -> None:
+    """Not where they end: 6 of 9 at the end are fewer than 8 half way."""
+    half_way, end = np.arange(9) < 8, np.arange(9) < 6
+    ladder._answers |= {BASE: end, "probe-deployed": half_way}
+    assert ladder.share(BASE) == 1
+    ladder.outcomes |= {BASE: DONE, "probe-deployed": DONE}
+    del ladder.choices["best"]
+    ladder._choose("best", [BASE, "probe-deployed"])
+    assert ladder.choices["best"] == "probe-deployed"
+    between = ladder.run(f"{BASE}-between")
+    between.mkdir(parents=True)
+    (between / "interpolation.json").write_text('{"share": 0.4}')
+    assert ladder.share(BASE) == 0.4
+    assert ladder._best_point(BASE) == between
+
+
 def test_a_quota_that_is_used_up_is_no_fault_of_a_rung(ladder: Ladder) -> None:
     assert ladder._is_full("runs/base: can't write: Disk quota exceeded")
     assert not ladder._is_full("no such file")

@@ -93,6 +93,9 @@ def test_select_is_the_average_where_the_start_knows_all_of_train(by_heart: tupl
     events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
     assert not [event for event in events if event["event"] == "validated"], "epoch 0 is no candidate"
     assert not checkpoint.has_checkpoint(tmp_path / "run" / "ckpt" / "best")
+    (floor,) = [event for event in events if event["event"] == "floor"]
+    assert "top1" not in floor, "no image could score it but those that judge"
+    assert api.evaluate(run, "test", select="floor").scores.images == 18
     shipped = loaded.step.net.state_dict()
     began = loaded.selecting("start").step.net.state_dict()
     assert not all(torch.equal(shipped[key], began[key]) for key in shipped)
