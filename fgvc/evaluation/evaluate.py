@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -104,16 +104,7 @@ def evaluate(
             raise NoNumbersError(f"{run.folder}: {select}, {split_name}: {error}; train anew with a lower optim.lr") from error
     calibrated = _calibrated(run, split_name, sample, device) if views is None else None
     name = split_name if views is None else f"{split_name}-{views}"
-    title = f"{split_name}: top-1 {100 * scores.top1:.1f} % of {scores.images} images"
-    stem = "-".join([name, *run.suffix])
-    files = {f"plots/confusion-{stem}.png": plot_confusion(scores.confusion, index.classes, title=title)}
-    tables: dict[str, Any] = {
-        "classes": scores.by_class(index.classes), "confused": scores.confused(index.classes)
-    }  # fmt: skip
-    if calibrated is not None:
-        files |= {f"plots/{file}": picture for file, picture in plot_calibration(calibrated, split=stem).items()}
-        tables |= {"reliability": calibrated.rows(), "risk-coverage": calibrated.curve_rows()}
-    files |= {f"tables/{table}-{stem}.csv": as_csv(lines).encode() for table, lines in tables.items()}
+    files = _files(scores, calibrated, index.classes, split=split_name, stem="-".join([name, *run.suffix]))
     unfitted = {"calibrated": False, "note": "no temperature is fitted for averaged views"}
     words = judged(index, split_name, scores.images)
     numbers: dict[str, Any] = scores.numbers() | {"calibration": unfitted if calibrated is None else calibrated.numbers()}
@@ -122,6 +113,19 @@ def evaluate(
     return Evaluation(
         run.folder, name, select, scores, sample.right, tuple(unreadable), index.classes, calibrated, stored, words
     )
+
+
+def _files(
+    scores: metrics.Scores, calibrated: Calibrated | None, classes: Sequence[str], *, split: Split, stem: str
+) -> dict[str, bytes]:
+    """Plots and tables by their places in the run."""
+    title = f"{split}: top-1 {100 * scores.top1:.1f} % of {scores.images} images"
+    files = {f"plots/confusion-{stem}.png": plot_confusion(scores.confusion, classes, title=title)}
+    tables: dict[str, Any] = {"classes": scores.by_class(classes), "confused": scores.confused(classes)}
+    if calibrated is not None:
+        files |= {f"plots/{file}": picture for file, picture in plot_calibration(calibrated, split=stem).items()}
+        tables |= {"reliability": calibrated.rows(), "risk-coverage": calibrated.curve_rows()}
+    return files | {f"tables/{table}-{stem}.csv": as_csv(lines).encode() for table, lines in tables.items()}
 
 
 def _calibrated(run: LoadedRun, split: Split, sample: Sample, device: str | None) -> Calibrated | None:

@@ -6,16 +6,21 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fgvc.config.images import Ending
 from fgvc.errors import FgvcError, NoNumbersError
 from fgvc.evaluation.calibration import BINS, bin_sums, reliability_of_sums
 from fgvc.io.display import Display
+
+if TYPE_CHECKING:
+    from torchmetrics import MetricCollection
 
 SMALLER_IS_BETTER = ("loss", "ece")
 
@@ -105,19 +110,9 @@ def evaluate(
     NoNumbersError where the net's logits for one are not finite.
     """
     # Imported here because it takes longer to import than torch, and most verbs evaluate nothing.
-    from torchmetrics import MetricCollection
     from torchmetrics.aggregation import MeanMetric
-    from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassF1Score
 
-    metrics = MetricCollection(
-        {
-            "top1": MulticlassAccuracy(classes, average="micro"),
-            "top5": MulticlassAccuracy(classes, average="micro", top_k=min(5, classes)),
-            "macro_f1": MulticlassF1Score(classes, average="macro"),
-            "confusion": MulticlassConfusionMatrix(classes),
-        },
-        compute_groups=False,
-    ).to(device)
+    metrics = _metrics(classes).to(device)
     loss = MeanMetric().to(device)
     bins = np.zeros((3, BINS))  # torchmetrics would keep every image
     nonfinite = torch.zeros((), dtype=torch.int64, device=device)  # images whose logits are not finite
@@ -148,7 +143,25 @@ def evaluate(
         )
     if not math.isfinite(mean_loss):
         raise NoNumbersError("the net gives logits so large that their mean loss is no number")
-    shares = {name: float(values[name]) for name in ("top1", "top5", "macro_f1")}
+    return _scores(values, confusion, bins, mean_loss)
+
+
+def _metrics(classes: int) -> MetricCollection:
+    from torchmetrics import MetricCollection
+    from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassF1Score
+
+    return MetricCollection(
+        {
+            "top1": MulticlassAccuracy(classes, average="micro"),
+            "top5": MulticlassAccuracy(classes, average="micro", top_k=min(5, classes)),
+            "macro_f1": MulticlassF1Score(classes, average="macro"),
+            "confusion": MulticlassConfusionMatrix(classes),
+        },
+        compute_groups=False,
+    )
+
+
+def _scores(values: Mapping[str, Tensor], confusion: NDArray[np.int64], bins: NDArray[np.float64], mean_loss: float) -> Scores:
     occurs = confusion.sum(1) > 0
     recall = confusion.diagonal()[occurs] / confusion.sum(1)[occurs]
     return Scores(
@@ -157,5 +170,5 @@ def evaluate(
         ece=reliability_of_sums(bins).ece,
         loss=mean_loss,
         confusion=confusion,
-        **shares,
+        **{name: float(values[name]) for name in ("top1", "top5", "macro_f1")},
     )

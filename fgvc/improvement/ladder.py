@@ -48,6 +48,7 @@ class Rung:
     epochs: int
     seconds: float  # that it takes, about
     latest_start: float | None = None  # working time after which it is dropped; None: it is not
+    epochs_of: Mapping[str, int] = field(default_factory=dict)  # of FINAL: in as many seconds, where this rung won
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -307,6 +308,13 @@ class _Draft:
             name=FINAL, stage="ship",
             what="the best again, on the images that chose as well" if task.chooses else "the first of the portfolio",
             settings=fits if task.chooses else fits | unchosen(task, self.timings), epochs=epochs, seconds=seconds,
+            epochs_of={
+                name: max(
+                    n for n in range(epochs, max(epochs, FULL_EPOCHS) + 1)
+                    if n == epochs or self._cost(self.timings[name], n, learn=learn, fits=PLAIN not in self.names) <= seconds
+                )
+                for name in self.names if name in self.timings and name != TEACHER
+            },
         )  # fmt: skip
         if PLAIN not in self.names:
             return [shipped]

@@ -42,6 +42,7 @@ class Row:
     """A rung in the table."""
 
     rung: Rung
+    epochs: int
     outcome: Outcome | None
     gain: float | None  # points over the deployed file, on the images that choose
     ships: bool
@@ -72,7 +73,7 @@ def _rows(ladder: Ladder, start: float | None) -> list[Row]:
         outcome = ladder.outcomes.get(rung.name)
         scored = outcome is not None and outcome.of > 0 and start is not None
         gain = outcome.accuracy - start if scored and outcome is not None and start is not None else None
-        rows.append(Row(rung, outcome, gain, ladder.ships.name.startswith(rung.name)))
+        rows.append(Row(rung, ladder.epochs(rung), outcome, gain, ladder.ships.name.startswith(rung.name)))
     return rows
 
 

@@ -209,16 +209,18 @@ class Ladder:
     def _job(self, rung: Rung) -> Job:
         """Write a rung's recipe; return the process that trains it."""
         path = self.out / "recipes" / f"{rung.name}.yaml"
-        settings = merged(self.settings(rung.name), self._length(rung))
+        epochs = self.epochs(rung)
+        length = {"train": {"epochs": epochs, "validate_every": epochs}} if epochs else {}
+        settings = merged(self.settings(rung.name), length)
         write_recipe(recipe_of(self.task.recipe, settings), path)
         words = ["train", str(path), str(self.run(rung.name))]
         if self.task.chooses and rung.stage in ("tune", "teach"):
             words.append(str(self._between(rung.name)))
         return Job(rung.name, tuple(words), self.out / "logs" / f"{rung.name}.log")
 
-    @staticmethod
-    def _length(rung: Rung) -> Tree:
-        return {"train": {"epochs": rung.epochs, "validate_every": rung.epochs}} if rung.epochs else {}
+    def epochs(self, rung: Rung) -> int:
+        """Epochs of a rung; of what ships more, where a cheaper one than the costliest won."""
+        return rung.epochs_of.get(self.best or "", rung.epochs)
 
     def _set(self, name: str, outcome: Outcome) -> None:
         self.outcomes[name] = outcome

@@ -100,7 +100,7 @@ class View:
         epoch = next((event["epoch"] for event in reversed(_tail(events)) if event.get("event") == "step"), None)
         if any(event.get("event") == "finished" for event in _tail(events)):
             return "between its start and its end"
-        return "starts" if epoch is None else f"epoch {epoch + 1} of {rung.epochs}"
+        return "starts" if epoch is None else f"epoch {epoch + 1} of {self._ladder.epochs(rung)}"
 
 
 def _tail(path: Path, size: int = 4096) -> list[dict[str, Any]]:

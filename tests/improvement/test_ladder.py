@@ -67,6 +67,8 @@ def test_what_ships_has_more_epochs_than_a_short_ladder_has() -> None:
     plan = plan_ladder(task(choose=100), timings(), budget=1200, spent=60, slots=2)
     epochs = {rung.name: rung.epochs for rung in plan.rungs}
     assert epochs[BASE] == epochs[TAUGHT] <= epochs[FINAL] <= 12
+    final = next(rung for rung in plan.rungs if rung.name == FINAL)
+    assert final.epochs_of[TAUGHT] == final.epochs < final.epochs_of[BASE] <= 12
 
 
 def test_the_deployed_file_itself_teaches_at_a_larger_size_and_where_flips_cost() -> None:
