@@ -1,6 +1,6 @@
 """Does erasing hit the object? The share of what is erased that lies inside the object's box, guided against random.
 
-    python benchmarks/erasing_hits.py RUN... --out docs/results/erasing-hits.csv
+    python benchmarks/erasing_hits.py RUN... --out docs/results/old-base/erasing-hits.csv
 
 Each RUN was trained on a data set with boxes, with one technique that erases, drops or crops by a map. Its own step, with its
 own weights, looks at the validation images (whole, as evaluation fits them), and what it erases is set beside the same

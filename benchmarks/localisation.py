@@ -1,6 +1,6 @@
 """Where do runs look? One line a run from what `fgvc localize` wrote on validation, and one for each control.
 
-    python benchmarks/localisation.py RUN... --out docs/results/cub50-localisation.csv
+    python benchmarks/localisation.py RUN... --out docs/results/old-base/cub50-localisation.csv
 
 First, for each RUN: `fgvc localize RUN`.
 """
