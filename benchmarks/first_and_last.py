@@ -6,7 +6,7 @@ import csv
 import sys
 from pathlib import Path
 
-LOGS = Path(__file__).parents[1] / "docs" / "results" / "erasing"
+LOGS = Path(__file__).parents[1] / "docs" / "results" / "old-base" / "erasing"
 
 
 def main() -> None:
