@@ -193,8 +193,33 @@ class OnnxNet(nn.Module):
 def open_onnx(
     path: Path, size: tuple[int, int] | None = None, *, output: str | None = None, resized: bool = False
 ) -> OnnxNet:
-    """The net of a classifier's file, in eval mode; see `fgvc.models.onnxnet.read.read_graph`."""
-    return OnnxNet(read_graph(path, load_model(path), size, output=output, resized=resized)).eval()
+    """The net of a classifier's file, in eval mode; see `fgvc.models.onnxnet.read.read_graph`.
+
+    `resized`: images of `size` are to go through it, also where the file takes another one alone: as the graph is at its own
+    size, paddings and all. Raises FgvcError where the last map does not grow and shrink with the images.
+    """
+    net = OnnxNet(read_graph(path, load_model(path), size, output=output, resized=resized)).eval()
+    if resized and size is not None and tuple(size) != net.size:
+        _refuse_one_size(net, path, size)
+    return net
+
+
+def _refuse_one_size(net: OnnxNet, path: Path, size: tuple[int, int]) -> None:
+    try:
+        with torch.no_grad():
+            own, other = (net.forward_features(torch.zeros(1, 3, *sides)) for sides in (net.size, size))
+            net.forward_head(other)
+        fits = own.dim() == 4 and all(
+            abs(side - cells * pixels / own_pixels) <= 1
+            for side, cells, pixels, own_pixels in zip(other.shape[2:], own.shape[2:], size, net.size, strict=True)
+        )
+    except (RuntimeError, ValueError, IndexError, TypeError):
+        fits = False
+    if not fits:
+        raise FgvcError(
+            f"{path}: its graph is made for images of {net.size[0]} x {net.size[1]} pixels: none of {size[0]} x {size[1]} can go "
+            "through"
+        )
 
 
 def _feature_info(stages: Iterable[tuple[str, int, int]]) -> list[dict[str, Any]]:

@@ -61,8 +61,8 @@ def load_model(path: Path) -> onnx.ModelProto:
 def read_graph(
     path: Path, model: onnx.ModelProto, size: tuple[int, int] | None = None, *, output: str | None = None, resized: bool = False
 ) -> Graph:
-    """Convert a classifier's file, loaded by `load_model`. `size`: height and width, where the file leaves them open, or
-    (`resized`) in place of its own; `output`: which of several.
+    """Convert a classifier's file, loaded by `load_model`. `size`: height and width, where the file leaves them open; that
+    of images of which the net is to be asked beside (`resized`), where the file has its own; `output`: which of several.
 
     Raises FgvcError that says which input, output or node can't be taken, and why.
     """
@@ -241,11 +241,9 @@ def _refuse_int8(path: Path, graph: onnx.GraphProto) -> None:
 
 def _size(path: Path, file: Description, size: tuple[int, int] | None, resized: bool) -> tuple[int, int]:
     """Height and width to read the graph for."""
-    if resized and size is not None:
-        return int(size[0]), int(size[1])
     if file.height is not None and file.width is not None:
         fixed = (file.height, file.width)
-        if size is not None and tuple(size) != fixed:
+        if size is not None and tuple(size) != fixed and not resized:
             raise FgvcError(
                 f"{path}: takes images of {fixed[0]} x {fixed[1]} pixels alone, not {size[0]} x {size[1]}: set image.size"
             )
