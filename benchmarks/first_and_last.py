@@ -1,4 +1,7 @@
-"""One line a run from docs/results/old-base/erasing/: `python benchmarks/first_and_last.py > docs/results/old-base/erasing-runs.csv`."""
+"""One line a run from docs/results/old-base/erasing/.
+
+python benchmarks/first_and_last.py > docs/results/old-base/erasing-runs.csv
+"""
 
 from __future__ import annotations
 
