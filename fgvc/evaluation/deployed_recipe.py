@@ -17,7 +17,8 @@ from fgvc.data.labels import as_in_file
 from fgvc.data.sources.read import read_source
 from fgvc.data.unseen import OPTIONS, all_seen, seen_words
 from fgvc.errors import FgvcError, NoUnseenImagesError, UndecidedError
-from fgvc.evaluation.file_preprocessing import UNASSIGNED, FileSearch, search_file
+from fgvc.evaluation.file_preprocessing import FileSearch
+from fgvc.evaluation.file_stack import OtherOrderError, file_stack
 from fgvc.evaluation.judging import evidence
 from fgvc.evaluation.side import Classifier
 from fgvc.io.names import few
@@ -52,19 +53,21 @@ def deployed_recipe(
     index = read_source(AutoData(root=images, val_fraction=0.0))
     stated = labels_of(file)
     beside = file.with_name(PREPROCESS)
-    search: FileSearch | None = None
-    if beside.is_file() and stated is not None:
-        spec = read_preprocess(beside)
-    else:
-        search = search_file(file, images, index=index, progress=progress)
-        _refuse_undecided(search)
-        spec = read_preprocess(beside) if beside.is_file() else search.spec
-    labels = None if stated is not None or search is None else search.labels
-    if labels is not None and UNASSIGNED in labels:
+    try:
+        stack = file_stack(
+            file, images, index=index, labels=stated, preprocess=read_preprocess(beside) if beside.is_file() else None,
+            progress=progress,
+        )  # fmt: skip
+    except UndecidedError as error:
+        raise UndecidedError(
+            f"{error}: give more of them, or put a preprocess.json that says it beside the file (`fgvc preprocess` writes one)"
+        ) from error
+    except OtherOrderError as error:
         raise FgvcError(
-            f"{file}: has {len(labels)} outputs, and the images are of {len(index.classes)} classes: nothing says what the "
-            f"others are. Put labels.txt beside the file, a class a line; by its answers: {few(labels)}"
-        )
+            f"{error}\nput the right order beside the file as labels.txt, a class a line; by its answers: {few(error.labels)} "
+            "(`fgvc preprocess` writes the likeliest)"
+        ) from error
+    spec, search = stack.preprocess, stack.search
     if unseen is not None:
         with_folder(as_in_file(index, stated) if stated is not None else index, unseen, where="--unseen")
     elif seen is None and not index.given_splits:
@@ -75,28 +78,13 @@ def deployed_recipe(
         "model": {"onnx": str(file.absolute()), "weights": "deployed"},
         "deploy": _fed(spec) | {"seen": seen or "train"} | ({} if unseen is None else {"unseen": str(unseen.absolute())}),
     }
-    return DeployedRecipe(tree=tree, labels=labels, search=search)
+    return DeployedRecipe(tree=tree, labels=stack.labels if stated is None else None, search=search)
 
 
 def _fed(spec: Preprocess) -> dict[str, Any]:
     """Keys of `deploy` from a preprocessing."""
     values = spec.model_dump(mode="json", exclude_none=True)
     return {key: values[key] for key in Deploy.model_fields if key in values}
-
-
-def _refuse_undecided(search: FileSearch) -> None:
-    if search.search.undecided:
-        raise UndecidedError(
-            "\n".join(search.lines())
-            + "\nthese images do not tell how the file is fed: give more of them, or put a preprocess.json that "
-            "says it beside the file (`fgvc preprocess` writes one)"
-        )
-    if not search.order_holds:
-        raise FgvcError(
-            "\n".join(search.lines())
-            + "\nput the right order beside the file as labels.txt, a class a line (`fgvc preprocess` writes "
-            "the likeliest)"
-        )
 
 
 def _evidence(file: Path, spec: Preprocess, stated: Labels | None, search: FileSearch | None, index: ImageIndex) -> str:

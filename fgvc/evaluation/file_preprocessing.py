@@ -37,7 +37,7 @@ from fgvc.io.display import Display, table
 from fgvc.io.files import StrPath
 from fgvc.io.names import few, nearest
 from fgvc.runtime.engine import OnnxSession
-from fgvc.runtime.labels import labels_of
+from fgvc.runtime.labels import Labels, labels_of
 
 MAX_PIXELS_HELD = 150_000_000  # of all images, which are kept decoded
 BYTES = "0 to 255"  # the one normalisation of a file that takes whole numbers
@@ -129,6 +129,7 @@ def search_file(
     *,
     index: ImageIndex | None = None,
     table: StrPath | None = None,
+    stated: Labels | None = None,
     size: tuple[int, int] | None = None,
     output: str | None = None,
     limit: int = IMAGES,
@@ -138,8 +139,9 @@ def search_file(
 ) -> FileSearch:
     """Find how a classifier's file is fed, by its answers about labelled images: a folder of classes, CUB's layout, a table.
 
-    `index`: of these images, where they are listed already; `table`: of the labels of images in a folder; `size`: height and
-    width where the file leaves them open; `limit`: most images; `given`: a preprocessing that is compared with the likeliest.
+    `index`: of these images, where they are listed already; `table`: of the labels of images in a folder; `stated`: the file's
+    labels, where nothing in it or beside it states them; `size`: height and width where the file leaves them open; `limit`: most
+    images; `given`: a preprocessing that is compared with the likeliest.
 
     Raises FgvcError for a file that is no classifier, or images without labels; and as `search` does.
     """
@@ -155,23 +157,23 @@ def search_file(
     if index is None:
         data = AutoData(root=images, val_fraction=0.0)
         index = read_source(with_table(data, Path(table)) if table is not None else data)
-    labels = labels_of(path)
+    labels = stated or labels_of(path)
     count = session.logits(np.zeros((1, 3, *size), np.float32)).shape[1]
     if labels is not None:
-        stated, source = labels.names, labels.source
-        if len(stated) != count:
+        names, source = labels.names, labels.source
+        if len(names) != count:
             raise FgvcError(
-                f"{source}: names {len(stated)} classes, and {path} has {count} outputs; mend it, or take it away"
+                f"{source}: names {len(names)} classes, and {path} has {count} outputs; mend it, or take it away"
             )
-        if unknown := sorted(set(index.classes) - set(stated)):
-            near = nearest(unknown[0], stated)
+        if unknown := sorted(set(index.classes) - set(names)):
+            near = nearest(unknown[0], names)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise FgvcError(f"{images}: {len(unknown)} classes are none of {source}: {few(unknown)}{hint}")
     else:
-        stated, source = (index.classes if len(index.classes) == count else ()), f"the classes of {images}"
+        names, source = (index.classes if len(index.classes) == count else ()), f"the classes of {images}"
     pictures, numbers = _pictures(index, limit)
     result = search(
-        lambda x: _log_probabilities(session, x), size, pictures, numbers, index.classes, stated=stated,
+        lambda x: _log_probabilities(session, x), size, pictures, numbers, index.classes, stated=names,
         normalisations=(BYTES,) if file.dtype == "uint8" else tuple(NORMALISATIONS), given=given, seconds=seconds,
         progress=progress,
     )  # fmt: skip

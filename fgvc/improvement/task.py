@@ -18,7 +18,7 @@ from fgvc.config.shipped import recipe_file
 from fgvc.data.deployed import PREPROCESS
 from fgvc.data.unseen import Seen
 from fgvc.errors import FgvcError, UndecidedError
-from fgvc.evaluation.file_preprocessing import UNASSIGNED, other_labels, search_file
+from fgvc.evaluation.file_stack import OtherOrderError, file_stack
 from fgvc.exporting.inspect import inspect_file
 from fgvc.images.preprocess import described
 from fgvc.improvement.images import Divided, divide, refuse_faulty
@@ -30,7 +30,7 @@ from fgvc.models.backbone import plain_model, pretrained_cfg, refuse_unknown
 from fgvc.models.weights import is_packaged
 from fgvc.runs import deployed
 from fgvc.runtime.bundle import read_json, read_labels, read_preprocess
-from fgvc.runtime.labels import labels_of
+from fgvc.runtime.labels import Labels, labels_of
 from fgvc.studies.candidate import start_model
 
 BASE = "any/plain"
@@ -178,17 +178,17 @@ def _of_file(request: Request, file: Path, models: Sequence[Model], out: Path, s
     stated = labels_of(file)
     if request.labels is not None and stated is not None and read_labels(request.labels) != stated.names:
         raise FgvcError(f"--labels {request.labels}: {stated.source} says otherwise; leave the option out, or mend that")
-    names = read_labels(request.labels) if request.labels is not None else stated.names if stated is not None else None
+    labels = Labels(read_labels(request.labels), f"--labels {request.labels}") if request.labels is not None else stated
     divided, inspection = _several(
         lambda: divide(request.data, deployed=True, seen=request.seen, unseen=request.unseen),
         lambda: inspect_file(file),
     )
     if not inspection.agrees:
         raise FgvcError(f"{file}: torch's answers are not onnxruntime's, so it can't be trained here; `fgvc inspect` tells more")
-    names, warnings = _several(
-        lambda: _checked_names(names, divided, inspection.classes, file), lambda: refuse_faulty(divided)
+    _, warnings = _several(
+        lambda: _refuse_names(labels, divided, inspection.classes, file), lambda: refuse_faulty(divided)
     )
-    spec, names = _spec(request, file, names, divided, out, say, source=None if stated is None else stated.source)
+    spec, names = _stack(request, file, labels, divided, out, say)
     deployed.keep_file(out, file, names)
     kept = (out / deployed.FOLDER / file.name).absolute()
     write_atomic(kept.with_name(PREPROCESS), as_json(spec.model_dump(mode="json")))
@@ -216,60 +216,46 @@ def _of_file(request: Request, file: Path, models: Sequence[Model], out: Path, s
     )
 
 
-def _checked_names(
-    names: tuple[str, ...] | None, divided: Divided, outputs: int, file: Path
-) -> tuple[str, ...] | None:
-    """The stated names of the outputs, if they fit file and images; None: nothing states them, and their number fits."""
+def _refuse_names(labels: Labels | None, divided: Divided, outputs: int, file: Path) -> None:
+    """Raise FgvcError where the stated names of the outputs, or where none are stated their number, do not fit the images."""
     classes = divided.index.classes
-    if names is None:
+    if labels is None:
         if len(classes) != outputs:
             raise FgvcError(
                 f"{file}: has {outputs} outputs, and the images are of {len(classes)} classes: which output is which? "
                 "--labels FILE, a class a line"
             )
-        return None
-    if len(names) != outputs:
-        raise FgvcError(f"{file}: has {outputs} outputs, and its labels name {len(names)} classes; give --labels FILE")
-    if unknown := sorted(set(classes) - set(names)):
+        return
+    if len(labels.names) != outputs:
+        raise FgvcError(f"{file}: has {outputs} outputs, and its labels name {len(labels.names)} classes; give --labels FILE")
+    if unknown := sorted(set(classes) - set(labels.names)):
         raise FgvcError(f"{divided.index.root}: has classes that the file does not know: {few(unknown)}")
-    return names
 
 
-def _spec(
-    request: Request, file: Path, names: tuple[str, ...] | None, divided: Divided, out: Path, say: Say, *, source: str | None
+def _stack(
+    request: Request, file: Path, labels: Labels | None, divided: Divided, out: Path, say: Say
 ) -> tuple[Preprocess, tuple[str, ...]]:
     """How the file is fed, and its labels: as stated, else as its answers about images that do not judge say. Raises FgvcError
-    where that is not plain, or where these deny what is stated (`source`: what says the labels, but --labels)."""
+    where that is not plain, or where these deny what is stated."""
     beside = request.preprocess if request.preprocess is not None else file.with_name(PREPROCESS)
-    index = divided.unjudged
-    if beside.is_file() and names is not None:
-        spec = read_preprocess(beside)
-        if (shown := other_labels(file, index, stated=names, spec=spec)) is not None:
-            raise _other_order(shown, source, out)
-        return spec, names
-    asked = file
-    if names is not None:
-        deployed.keep_file(out, file, names)
-        asked = out / deployed.FOLDER / file.name
-    result = search_file(
-        asked, request.data, index=index, size=request.size, seconds=min(100.0, SEARCH_SHARE * request.budget),
-        progress=lambda line: None,
-    )
-    for line in result.lines():
+    try:
+        stack = file_stack(
+            file, request.data, index=divided.unjudged, labels=labels, size=request.size,
+            preprocess=read_preprocess(beside) if beside.is_file() else None,
+            seconds=min(100.0, SEARCH_SHARE * request.budget),
+        )  # fmt: skip
+    except UndecidedError as error:
+        raise UndecidedError(f"{error}: state it, --preprocess FILE") from error
+    except OtherOrderError as error:
+        found = out / "labels.found.txt"
+        make_folder(out)
+        write_atomic(found, "".join(f"{name}\n" for name in error.labels))
+        stated = labels is not None and labels.source != f"--labels {request.labels}"
+        advice = f"mend {labels.source} by it" if stated and labels is not None else "give it as --labels"
+        raise FgvcError(f"{error}\n{found} has the likeliest order of the labels; look at it, and {advice}") from error
+    for line in [] if stack.search is None else stack.search.lines():
         say(line)
-    if result.search.undecided:
-        raise UndecidedError("these images do not tell how the file is fed, see above: state it, --preprocess FILE")
-    if not result.order_holds or UNASSIGNED in result.labels:
-        raise _other_order(result.labels, source, out)
-    return (read_preprocess(beside) if beside.is_file() else result.spec), result.labels
-
-
-def _other_order(shown: Sequence[str], source: str | None, out: Path) -> FgvcError:
-    """The error for labels in another order than the file's answers show, which is written beside."""
-    labels = out / "labels.found.txt"
-    write_atomic(labels, "".join(f"{name}\n" for name in shown))
-    where, advice = ("stated", "give it as --labels") if source is None else (f"{source} says", "mend that by it")
-    return FgvcError(f"the file's labels are in another order than {where}: {labels} has the likeliest; look at it, and {advice}")
+    return stack.preprocess, stack.labels
 
 
 def _of_name(request: Request, models: Sequence[Model], out: Path, say: Say) -> Task:

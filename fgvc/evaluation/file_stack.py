@@ -1,0 +1,68 @@
+"""How a deployed file is fed, and what its outputs are: as stated, else as its answers about labelled images show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from fgvc.config.images import Preprocess
+from fgvc.data.index import ImageIndex
+from fgvc.errors import FgvcError, UndecidedError
+from fgvc.evaluation.file_preprocessing import UNASSIGNED, FileSearch, other_labels, search_file
+from fgvc.evaluation.preprocessing import SECONDS
+from fgvc.runtime.labels import Labels
+
+
+class OtherOrderError(FgvcError):
+    """The file's answers show its classes in another order than stated, or leave outputs without one."""
+
+    def __init__(self, message: str, labels: tuple[str, ...]) -> None:
+        super().__init__(message)
+        self.labels = labels  # a class an output, UNASSIGNED where the images have none
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileStack:
+    """Preprocessing and labels of a deployed file."""
+
+    preprocess: Preprocess
+    labels: tuple[str, ...]  # a class an output
+    search: FileSearch | None  # None: both are stated
+
+
+def file_stack(
+    file: Path,
+    images: Path,
+    *,
+    index: ImageIndex,
+    labels: Labels | None,
+    preprocess: Preprocess | None,
+    size: tuple[int, int] | None = None,
+    seconds: float = SECONDS,
+    progress: Callable[[str], None] = lambda line: None,
+) -> FileStack:
+    """Preprocessing and labels as stated (None: nothing states them), else by the file's answers about the images of `index`,
+    which are those of the folder `images`. `size`: height and width, where the file leaves them open; `seconds`: that asking may
+    take.
+
+    Raises UndecidedError where these images do not tell how it is fed, OtherOrderError where its answers deny the stated labels.
+    """
+    if labels is not None and preprocess is not None:
+        shown = other_labels(file, index, stated=labels.names, spec=preprocess)
+        if shown is not None:
+            raise OtherOrderError(f"the answers of {file} show its classes in another order than {labels.source} says", shown)
+        return FileStack(preprocess=preprocess, labels=labels.names, search=None)
+    search = search_file(file, images, index=index, stated=labels, size=size, seconds=seconds, progress=progress)
+    lines = "\n".join(search.lines())
+    if search.search.undecided:
+        raise UndecidedError(f"{lines}\nthese images do not tell how the file is fed")
+    if not search.order_holds:
+        raise OtherOrderError(lines, search.labels)
+    if UNASSIGNED in search.labels:
+        outputs, classes = len(search.labels), len(index.classes)
+        raise OtherOrderError(
+            f"{lines}\n{file}: has {outputs} outputs, and the images are of {classes} classes: nothing says what the others are",
+            search.labels,
+        )
+    return FileStack(preprocess=preprocess or search.spec, labels=search.labels, search=search)
