@@ -144,6 +144,12 @@ class Gate:
         """Whether there is any limit."""
         return self.max_negative_flips is not None or self.min_gain is not None
 
+    def flip_share(self, images: int) -> float | None:
+        """The most negative flips as a share of so many images; None: there is no limit."""
+        if self.max_negative_flips is None or (limit := LIMIT.fullmatch(self.max_negative_flips.strip())) is None:
+            return None
+        return int(limit[1]) / images if limit[1] else float(limit[2]) / 100
+
     def failures(self, pair: Paired) -> list[str]:
         """Describe the limits that B breaks, one line each. The gain itself is compared with its limit, not its interval."""
         failures = []

@@ -145,8 +145,9 @@ def run_improvement(request: Request, out: Path, *, on_ray: bool = False, dry_ru
             return Improvement(folder=out, plan=plan, verdict=None, bundle=None, candidate=None, report=None)
         command = request.command(out)
         ladder = Ladder(
-            task, plan, out, clock, pool, say=view.say, tick=view.tick, command=command, standing=standing, on_ray=on_ray
-        )
+            task, plan, out, clock, pool, say=view.say, tick=view.tick, command=command, standing=standing, on_ray=on_ray,
+            flips=gate.flip_share(task.counts["test"]),
+        )  # fmt: skip
         verdict = _judged(out)
         if verdict is None:
             view.begin(ladder)

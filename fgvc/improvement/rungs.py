@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from fgvc.api import evaluate, interpolate
+from fgvc.api import interpolate
 from fgvc.errors import FgvcError
 from fgvc.evaluation.paired import gain_interval
 from fgvc.improvement.clock import Clock
@@ -43,11 +43,12 @@ from fgvc.runs import checkpoint
 from fgvc.runs.folder import INTERPOLATION
 from fgvc.runs.record import NAME, load
 from fgvc.runtime.bundle import read_json
+from fgvc.training.interpolate import right_by_share
 
 Status = Literal["done", "dropped", "failed"]
 LEVEL = 0.6827  # of the interval that a choice must leave: one standard error (Breiman et al. 1984, section 3.4.3)
 LEAST_FREE = 100 * 2**20  # bytes of the disk: with less a failure is taken for one of space
-BETWEEN = "between"  # a run between a run's start and its end
+BETWEEN = "between"  # of the net between a run's start and its end that the images that choose like best
 Say = Callable[[str], None]
 Tick = Callable[[Sequence[Job]], None]
 
@@ -75,8 +76,9 @@ class Ladder:
 
     def __init__(
         self, task: Task, plan: Plan, out: Path, clock: Clock, pool: Workers, *, say: Say, tick: Tick, command: str,
-        standing: NDArray[np.bool_], on_ray: bool = False,
+        standing: NDArray[np.bool_], flips: float | None = None, on_ray: bool = False,
     ) -> None:  # fmt: skip
+        """`flips`: the most that may be lost of what the deployed file names rightly, as a share of all images."""
         self.task, self.plan, self.out, self.clock, self.pool, self.say, self.tick = task, plan, out, clock, pool, say, tick
         self.command, self.on_ray = command, on_ray
         self.standing = standing  # (N,) whether the deployed file names the images that choose rightly; empty: there is none
@@ -84,7 +86,8 @@ class Ladder:
         stored = read_json(self._file, dict) if self._file.is_file() else {"outcomes": {}, "choices": {}}
         self.outcomes = {name: Outcome(**row) for name, row in stored["outcomes"].items()}
         self.choices: dict[str, Any] = stored["choices"]
-        self._answers: dict[str, NDArray[np.bool_]] = {}  # of runs to the images that choose
+        self.flips = flips
+        self._answers: dict[str, dict[float, NDArray[np.bool_]]] = {}  # see `_points`
 
     def climb(self) -> None:
         """Run all stages. Raises FgvcError where nothing is left that could ship; KeyboardInterrupt after saving."""
@@ -137,7 +140,7 @@ class Ladder:
     def _teachers(self) -> list[Tree]:
         """Of the student: the tuned teacher, else the average of the runs so far; and the deployed file where flips cost."""
         names = [TEACHER] if self.has_run(TEACHER) else [rung.name for rung in self.plan.of("tune") if self.has_run(rung.name)]
-        runs = [{"kind": "run", "path": str(self._best_point(name).absolute())} for name in names]
+        runs = [{"kind": "run", "path": str(self._at(name, self.share(name)).absolute())} for name in names]
         return [*runs, *old_teachers(self.task)]
 
     @property
@@ -149,7 +152,8 @@ class Ladder:
         """Name the images without labels, by the tuned teacher or else the best run."""
         if self.task.unlabelled and STUDENT not in self.outcomes and not self._named.is_file():
             teacher = TEACHER if self.has_run(TEACHER) else self.choices["best"]
-            count = write_named(self.task.unlabelled, self._best_point(teacher), self.out / "images.csv", self._named)
+            place = self._at(teacher, self.share(teacher))
+            count = write_named(self.task.unlabelled, place, self.out / "images.csv", self._named)
             self.say(f"{teacher} names {count} of the {len(self.task.unlabelled)} images without labels, the others are left out")
 
     def has_run(self, name: str) -> bool:
@@ -215,7 +219,7 @@ class Ladder:
         write_recipe(recipe_of(self.task.recipe, settings), path)
         words = ["train", str(path), str(self.run(rung.name))]
         if self.task.chooses and rung.stage in ("tune", "teach"):
-            words.append(str(self._between(rung.name)))
+            words.append(str(self.run(f"{rung.name}-{BETWEEN}")))
         return Job(rung.name, tuple(words), self.out / "logs" / f"{rung.name}.log")
 
     def epochs(self, rung: Rung) -> int:
@@ -262,8 +266,8 @@ class Ladder:
         else:
             search(self.out, space, slots=self.plan.slots, seed=seed, pool=self.pool, tick=self.tick, say=self.say)
         trial = best_trial(self.out, seed)
-        if trial is not None and not self._between(trial[0]).exists():
-            interpolate(self.run(trial[0]), self._between(trial[0]))
+        if trial is not None and not (between := self.run(f"{trial[0]}-{BETWEEN}")).exists():
+            interpolate(self.run(trial[0]), between)
         if trial is not None and wins(self._right(trial[0]), self._right(best)):
             self.choices |= {"searched": trial[0], "trial": merged(self.settings(best), trial[1])}
         else:
@@ -277,27 +281,42 @@ class Ladder:
 
     def _right_of(self, name: str) -> NDArray[np.bool_]:
         """A run's answers to the images that choose, at its best point."""
-        if name not in self._answers:
-            at_end = self.share(name) == 1
-            self._answers[name] = right_on_choose(self.run(name)) if at_end else evaluate(self._between(name), "val").right
-        return self._answers[name]
+        return self._points(name)[self.share(name)]
 
     def share(self, name: str) -> float:
-        """Share of the way from a run's start to its end where the images that choose like it best."""
-        file = self._between(name) / INTERPOLATION
-        return float(read_json(file, dict)["share"]) if file.is_file() else 1.0
+        """Share of the way from a run's start to its end where the images that choose like it best, the smallest of equals. Where
+        flips cost: among those with no more of them than the gate allows, else where they are fewest."""
+        points = self._points(name)
+        if self.flips is not None and len(self.standing):
+            lost = {share: float((self.standing & ~right).mean()) for share, right in points.items()}
+            most = max(self.flips, min(lost.values()))
+            points = {share: right for share, right in points.items() if lost[share] <= most}
+        return max(points, key=lambda share: (points[share].sum(), -share), default=1.0)
 
-    def _between(self, name: str) -> Path:
-        return self.run(f"{name}-{BETWEEN}")
+    def _points(self, name: str) -> dict[float, NDArray[np.bool_]]:
+        """Of each share of the way: a run's answers to the images that choose; of one without a way those of its end."""
+        if name not in self._answers:
+            self._answers[name] = right_by_share(self.run(f"{name}-{BETWEEN}")) or {1.0: right_on_choose(self.run(name))}
+        return self._answers[name]
 
-    def _best_point(self, name: str) -> Path:
-        """The run at its best share."""
-        return self._between(name) if self.share(name) < 1 else self.run(name)
+    def _at(self, name: str, share: float) -> Path:
+        """The net at a share of a run's way, a run itself."""
+        place = self.run(f"{name}-{BETWEEN}")
+        if share == 1:
+            return self.run(name)
+        if (place / INTERPOLATION).is_file() and read_json(place / INTERPOLATION, dict)["share"] == share:
+            return place
+        place = self.run(f"{name}-at-{share:g}")
+        if not place.exists():
+            interpolate(self.run(name), place, share=share)
+        return place
 
     def _ship(self) -> None:
         """Train the best again, on the images that chose as well, which then ships by rule, as far from its start as the best was
         best; and the plain recipe beside it."""
-        share = self.choices.setdefault("share", 1.0 if self.best is None else self.share(self.best))
+        if "share" not in self.choices:
+            self.choices["share"] = 1.0 if self.best is None else self.share(self.best)
+        share = self.choices["share"]
         is_plain = self.best == BASE and not self._start and share == 1
         if is_plain and PLAIN not in self.outcomes and self.plan.of("ship")[-1].name == PLAIN:
             self._set(PLAIN, Outcome(status="dropped", reason="what ships is the plain recipe"))
@@ -307,11 +326,7 @@ class Ladder:
         ships = FINAL if self.has_run(FINAL) else best
         if ships is None:
             raise FgvcError(f"{self.run(FINAL)}: {self.outcomes[FINAL].reason}, and nothing else could ship; give more --budget")
-        if share < 1:
-            end, ships = ships, f"{ships}-{BETWEEN}"
-            if not self.run(ships).exists():
-                interpolate(self.run(end), self.run(ships), share=share)
-        self.choices["ships"] = ships
+        self.choices["ships"] = self._at(ships, share).name
         self._store()
 
 

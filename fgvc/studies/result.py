@@ -20,6 +20,7 @@ from fgvc.exporting.proofs import Structural, compare_structure
 from fgvc.exporting.prove import untie
 from fgvc.exporting.reference import cached_plain
 from fgvc.images.preprocess import described
+from fgvc.io.bits import pack
 from fgvc.models.backbone import deployed
 from fgvc.reparam.plain import strip
 from fgvc.runs import checkpoint
@@ -29,7 +30,6 @@ from fgvc.runs.loaded import LoadedRun, load_run
 from fgvc.runs.record import NAME, load
 from fgvc.studies.identity import ScoredSplit, data_digest, digest, index_digest, result_settings
 from fgvc.studies.study import Cell
-from fgvc.studies.table import pack
 from fgvc.training.trainer import train
 
 Result = dict[str, Any]  # a line of runs.csv

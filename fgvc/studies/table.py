@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from scipy.stats import norm
 from scipy.stats import t as student
 
+from fgvc.io.bits import unpack
+
 CONFIDENCE = 0.95
 Row = Mapping[str, Any]  # of runs.csv: one run on one split; numbers may be text, as read from the file
 FLOOR = "floor"  # the line of the logistic regression on the frozen net that the base arm's runs began with
@@ -191,17 +193,11 @@ def _seed_difference(pairs: Sequence[tuple[Row, Row]]) -> float:
     return float(a - b)
 
 
-def pack(right: NDArray[np.bool_]) -> str:
-    """Pack which images (N,) were right into a cell of a CSV: bits, the first one the highest, as hexadecimal digits."""
-    return np.packbits(right).tobytes().hex()
-
-
 def _unpack(row: Row) -> NDArray[np.int64] | None:
     """Unpack which images were right, (N,) of 0 and 1; None where the row does not say."""
     if not row.get("right"):
         return None
-    bits = np.frombuffer(bytes.fromhex(str(row["right"])), np.uint8)
-    return np.unpackbits(bits, count=int(float(row["images"]))).astype(np.int64)
+    return unpack(str(row["right"]), int(float(row["images"]))).astype(np.int64)
 
 
 def _over_images(pairs: Sequence[tuple[Row, Row]]) -> Interval | None:

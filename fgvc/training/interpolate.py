@@ -11,14 +11,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fgvc import __version__
 from fgvc.config.recipe import Selected
 from fgvc.config.training import Log
-from fgvc.data.loader import evaluation_loader
+from fgvc.data.loader import EvaluationBatch, evaluation_loader
 from fgvc.errors import FgvcError, NoNumbersError
 from fgvc.evaluation import metrics
+from fgvc.evaluation.sample import Sample
+from fgvc.io.bits import pack, unpack
 from fgvc.io.display import Display, table
 from fgvc.io.files import as_json, fill, make_folder, making, refuse_place
 from fgvc.io.progress import track
@@ -29,6 +33,7 @@ from fgvc.runs.deployed import FOLDER, RECORD
 from fgvc.runs.folder import INTERPOLATION, selected_weights
 from fgvc.runs.loaded import LoadedRun
 from fgvc.runs.record import NAME
+from fgvc.runtime.bundle import read_json
 from fgvc.training.log import Events
 
 KEPT = 2**30  # bytes of images that are decoded once for all shares; more are decoded for each
@@ -47,6 +52,7 @@ class Interpolation(Display):
     share: float
     by: str  # the validation score that chose the share
     scores: Mapping[float, metrics.Scores | None]  # of each share on validation, None: no numbers; empty: the share was given
+    right: Mapping[float, NDArray[np.bool_]]  # of each share: whether each readable validation image (N,) is named rightly
     unreadable: tuple[str, ...]  # of the validation images
 
     @property
@@ -87,14 +93,24 @@ def interpolate(
     if weights[0].keys() != weights[1].keys():
         raise FgvcError(f"{folder}: its ckpt/start is of a run of other settings; put that of this run there")
     scores: dict[float, metrics.Scores | None] = {}
+    right: dict[float, NDArray[np.bool_]] = {}
     unreadable: tuple[str, ...] = ()
     by = run.recipe.select_by
     if share is None:
-        scores, unreadable = _validation_scores(run, weights, device)
+        scores, right, unreadable = _validation_scores(run, weights, device)
         share = _best_share(scores, by, folder)
-    interpolation = Interpolation(folder, out, run.select, share, by, scores, unreadable)
+    interpolation = Interpolation(folder, out, run.select, share, by, scores, right, unreadable)
     _write(interpolation, start, end, interpolate_weights(*weights, share), run.recipe.log)
     return interpolation
+
+
+def right_by_share(folder: Path) -> dict[float, NDArray[np.bool_]]:
+    """Of each share that was scored: whether each validation image (N,) is named rightly; empty where none was, or `folder` is
+    no interpolated run."""
+    if not (folder / INTERPOLATION).is_file():
+        return {}
+    scores = read_json(folder / INTERPOLATION, dict)["scores"]
+    return {row["share"]: unpack(row["right"], row["images"]) for row in scores if "right" in row}
 
 
 def interpolate_weights(start: Mapping[str, Tensor], end: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
@@ -127,32 +143,40 @@ def _refuse_headless(run: LoadedRun, start_state: State) -> None:
 
 def _validation_scores(
     run: LoadedRun, ends: tuple[Mapping[str, Tensor], Mapping[str, Tensor]], device: str | None
-) -> tuple[dict[float, metrics.Scores | None], tuple[str, ...]]:
-    """Validation scores of the net of each share, as evaluation computes them; and the images that can't be read."""
+) -> tuple[dict[float, metrics.Scores | None], dict[float, NDArray[np.bool_]], tuple[str, ...]]:
+    """Validation scores of the net of each share, as evaluation computes them; whether it names each image rightly; and the
+    images that can't be read."""
     if not len(rows := run.rows("val")):
         raise FgvcError(f"{run.folder}: its data has no validation split to choose the share by; give it: --share 0.5")
     scores: dict[float, metrics.Scores | None] = {}
+    right: dict[float, NDArray[np.bool_]] = {}
     unreadable: dict[str, None] = {}
-    net, classes = run.step.net, len(run.classes)
+    classes, nothing = len(run.classes), np.empty(0, np.int64)
     workers = run.recipe.train.workers
 
-    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+    def loaded() -> Iterator[EvaluationBatch]:
         for batch in evaluation_loader(run.index, rows, spec=run.preprocess, batch_size=64, workers=workers):
             unreadable.update(dict.fromkeys(str(error) for error in batch.bad))
+            yield batch
+
+    def batches(sample: Sample) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in loaded() if kept is None else kept:
+            sample.add_batch(batch)
             yield batch.images, batch.labels
 
-    kept = list(batches()) if 12 * math.prod(run.preprocess.size) * len(rows) <= KEPT else None
+    kept = list(loaded()) if 12 * math.prod(run.preprocess.size) * len(rows) <= KEPT else None
     with run.on_device(device) as (place, layout):
         for share in track(SHARES, "shares", len(SHARES)):
-            net.load_state_dict(interpolate_weights(*ends, share))
+            run.step.net.load_state_dict(interpolate_weights(*ends, share))
+            sample = Sample(run.step.net, nothing)
             try:
                 scores[share] = metrics.evaluate(
-                    net, batches() if kept is None else kept,
-                    classes=classes, device=place, memory_format=layout, ending=run.preprocess.ending,
-                )  # fmt: skip
+                    sample, batches(sample), classes=classes, device=place, memory_format=layout, ending=run.preprocess.ending
+                )
+                right[share] = sample.right
             except NoNumbersError:  # both ends may be well, and what lies between not
                 scores[share] = None
-    return scores, tuple(unreadable)
+    return scores, right, tuple(unreadable)
 
 
 def _best_share(scores: Mapping[float, metrics.Scores | None], by: str, folder: Path) -> float:
@@ -176,7 +200,7 @@ def _write(interpolation: Interpolation, start: State, end: State, net: dict[str
         "run": str(interpolation.run.resolve()), "start": start.identity, "end": end.identity, "select": interpolation.select,
         "share": interpolation.share, "by": interpolation.by if interpolation.scores else None, "fgvc": __version__,
         "scores": [
-            {"share": share, **({} if scores is None else scores.numbers())}
+            {"share": share, **({} if scores is None else scores.numbers() | {"right": pack(interpolation.right[share])})}
             for share, scores in interpolation.scores.items()
         ],
     }  # fmt: skip

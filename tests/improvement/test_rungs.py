@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from fgvc.improvement.ladder import BASE, FINAL, PLAIN, Plan, Rung
 from fgvc.improvement.rungs import Ladder, Outcome
 from fgvc.improvement.side_by_side import Workers
 from fgvc.improvement.task import Task
+from fgvc.io.bits import pack
 
 WEIGHTS = {"model": {"weights": "deployed", "head": "probe"}}
 DONE = Outcome(status="done")
@@ -41,7 +43,7 @@ def ladder(tmp_path: Path) -> Ladder:
 def test_where_the_last_run_failed_the_best_ships_as_it_was_chosen(ladder: Ladder) -> None:
     ladder.outcomes |= {BASE: DONE, FINAL: Outcome(status="failed"), PLAIN: DONE}
     ladder.choices["share"] = 0.5
-    ladder.run(f"{BASE}-between").mkdir(parents=True)
+    write_points(ladder, BASE, {0.5: [1] * 9}, 0.5)
     ladder._ship()
     assert ladder.ships == ladder.run(f"{BASE}-between")
 
@@ -64,20 +66,41 @@ def test_a_baseline_is_a_run_that_reached_its_end(ladder: Ladder) -> None:
     assert ladder.has_run(PLAIN)
 
 
+def write_points(ladder: Ladder, name: str, points: dict[float, list[int]], share: float) -> None:
+    between = ladder.run(f"{name}-between")
+    between.mkdir(parents=True)
+    scores = [
+        {"share": at, "images": len(right), "right": pack(np.array(right, bool))} for at, right in points.items()
+    ]
+    (between / "interpolation.json").write_text(json.dumps({"share": share, "scores": scores}))
+
+
 def test_runs_are_compared_where_each_is_best(ladder: Ladder) -> None:
-    """Not where they end: 6 of 9 at the end are fewer than 8 half way."""
-    half_way, end = np.arange(9) < 8, np.arange(9) < 6
-    ladder._answers |= {BASE: end, "probe-deployed": half_way}
-    assert ladder.share(BASE) == 1
+    """Not where they end."""
     ladder.outcomes |= {BASE: DONE, "probe-deployed": DONE}
+    write_points(ladder, BASE, {0.5: [1, 1, 1, 1, 1, 0, 0, 0, 0], 1.0: [1, 1, 0, 0, 0, 0, 0, 0, 0]}, 0.5)
+    write_points(ladder, "probe-deployed", {0.5: [1] * 9, 0.8: [1] * 9, 1.0: [0] * 9}, 0.5)
     del ladder.choices["best"]
     ladder._choose("best", [BASE, "probe-deployed"])
     assert ladder.choices["best"] == "probe-deployed"
-    between = ladder.run(f"{BASE}-between")
-    between.mkdir(parents=True)
-    (between / "interpolation.json").write_text('{"share": 0.4}')
-    assert ladder.share(BASE) == 0.4
-    assert ladder._best_point(BASE) == between
+    assert ladder.share("probe-deployed") == 0.5
+    assert ladder._at(BASE, 0.5) == ladder.run(f"{BASE}-between")
+    assert ladder._at(BASE, 1.0) == ladder.run(BASE)
+
+
+def test_where_flips_cost_the_way_ends_where_few_are_lost(ladder: Ladder) -> None:
+    ladder.standing = np.array([1, 1, 1, 0, 0, 0], bool)
+    points = {0.2: [1, 1, 1, 1, 0, 0], 0.6: [1, 1, 0, 1, 1, 1], 1.0: [0, 0, 1, 1, 1, 1]}
+    write_points(ladder, BASE, points, 0.6)
+    shares = {}
+    for most in (None, 0.0, 0.2, 0.5):
+        ladder.flips = most
+        shares[most] = ladder.share(BASE)
+    assert shares == {None: 0.6, 0.0: 0.2, 0.2: 0.6, 0.5: 0.6}
+    del ladder._answers[BASE]
+    write_points(ladder, PLAIN, {0.6: [0, 1, 1, 1, 1, 1], 1.0: [0, 0, 1, 1, 1, 1]}, 0.6)
+    ladder.flips = 0.0
+    assert ladder.share(PLAIN) == 0.6, "where they are fewest"
 
 
 def test_a_quota_that_is_used_up_is_no_fault_of_a_rung(ladder: Ladder) -> None:

@@ -16,11 +16,12 @@ import yaml
 from fgvc import api
 from fgvc.cli.app import main
 from fgvc.errors import FgvcError
+from fgvc.io.bits import pack
 from fgvc.runs import checkpoint
 from fgvc.runs.loaded import load_run
 from fgvc.studies import identity, result, run
 from fgvc.studies.study import Plan, read_study
-from fgvc.studies.table import lines, pack
+from fgvc.studies.table import lines
 
 ARMS = {
     "plain": [{}, {"optim.lr": 0.05}],

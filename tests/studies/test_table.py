@@ -16,10 +16,11 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fgvc.io.bits import pack
 from fgvc.io.tables import as_csv
 from fgvc.studies.page import write_tables
 from fgvc.studies.study import Plan
-from fgvc.studies.table import best_trials, lines, markdown, pack, paired_difference
+from fgvc.studies.table import best_trials, lines, markdown, paired_difference
 
 SHARES = st.integers(0, 100).map(lambda right: right / 100)  # of 100 images
 PLAIN, OTHER = (0.70, 0.68, 0.69), (0.73, 0.70, 0.72)  # apart by 3, 2 and 3 points
