@@ -21,7 +21,11 @@ from fgvc.models.classifier import as_classifier
 
 STRENGTHS = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # inverses of the penalty (scikit-learn's C)
 FOLDS = 3
+PASSED = 2  # strengths without a smaller loss, after which no weaker penalty is tried
 FLOOR = 0.3  # least spread, in medians of all: a feature that hardly varies would get a huge weight, and huge first gradients
+
+
+Rows = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,31 +80,43 @@ def fit_probe(
 def _held_out_losses(
     x: NDArray[np.float32], y: NDArray[np.int64], groups: NDArray[np.int64], strengths: tuple[float, ...], seed: int
 ) -> dict[float, float]:
-    """Mean cross-entropy of held-out rows at each strength, without rows of classes that a fold does not learn; empty if no row
-    can be held out."""
+    """Mean cross-entropy of held-out rows at each strength up to PASSED beyond the best, without rows of classes that a fold does
+    not learn; empty if no row can be held out."""
     from sklearn.model_selection import StratifiedGroupKFold
 
     folds = min(FOLDS, len(np.unique(groups)))
     if folds < 2:
         return {}
-    sums, count = dict.fromkeys(strengths, 0.0), 0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of classes with fewer images than folds
         splits = list(StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(x, y, groups))
-    for learn, held_out in splits:
-        learned, inverse = np.unique(y[learn], return_inverse=True)
-        scored = held_out[np.isin(y[held_out], learned)]
-        if len(learned) < 2 or not len(scored):
-            continue
-        count += len(scored)
-        start: NDArray[np.float32] | None = None
-        for strength in sorted(strengths):
-            w, b = _coefficients(x[learn], inverse, strength, start=start)
-            start = np.column_stack([w, b]).astype(np.float32)
-            z = torch.from_numpy(x[scored] @ w.T + b).double()
-            target = torch.from_numpy(np.searchsorted(learned, y[scored]))
-            sums[strength] += float(nn.functional.cross_entropy(z, target, reduction="sum"))
-    return {strength: total / count for strength, total in sums.items()} if count else {}
+    scored = [_Fold(x, y, learn, held_out) for learn, held_out in splits]
+    scored = [fold for fold in scored if len(fold.learned) > 1 and len(fold.scored)]
+    losses: dict[float, float] = {}
+    for strength in sorted(strengths):
+        if len(losses) > PASSED and min(losses.values()) < min(list(losses.values())[-PASSED:]):
+            break  # the least loss lies behind: the weaker the penalty, the longer a fit takes
+        losses[strength] = sum(fold.loss(strength) for fold in scored)
+    count = sum(len(fold.scored) for fold in scored)
+    return {strength: total / count for strength, total in losses.items()} if count else {}
+
+
+class _Fold:
+    """Rows that are held out, and the rest that is learned from, at one strength after the other."""
+
+    def __init__(self, x: NDArray[np.float32], y: NDArray[np.int64], learn: Rows, held_out: Rows) -> None:
+        self._x, self._y, self._learn = x, y, learn
+        self.learned, self._inverse = np.unique(y[learn], return_inverse=True)  # classes
+        self.scored = held_out[np.isin(y[held_out], self.learned)]
+        self._start: NDArray[np.float32] | None = None  # the fit before
+
+    def loss(self, strength: float) -> float:
+        """Sum of the cross-entropy over the rows that are held out."""
+        w, b = _coefficients(self._x[self._learn], self._inverse, strength, start=self._start)
+        self._start = np.column_stack([w, b]).astype(np.float32)
+        z = torch.from_numpy(self._x[self.scored] @ w.T + b).double()
+        target = torch.from_numpy(np.searchsorted(self.learned, self._y[self.scored]))
+        return float(nn.functional.cross_entropy(z, target, reduction="sum"))
 
 
 def _coefficients(

@@ -13,7 +13,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from fgvc.errors import FgvcError
-from fgvc.models.probe import fit_probe, linear_head, put_head, zero_head
+from fgvc.models.probe import STRENGTHS, _held_out_losses, fit_probe, linear_head, put_head, zero_head
 
 
 def blobs(classes: int, *, images: int = 40, width: int = 6, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -100,3 +100,16 @@ def test_refuses_a_net_with_two_heads() -> None:
     net = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=4)
     with pytest.raises(FgvcError, match=r"model\.head"):
         linear_head(net)
+
+
+def test_the_penalty_is_that_of_trying_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weaker ones than two beyond the best are passed over."""
+    rng = np.random.default_rng(0)
+    y = np.arange(240) % 6
+    vectors = (rng.normal(0, 1, (6, 40))[y] * 0.2 + rng.normal(0, 1, (240, 40))).astype(np.float32)
+    tried = _held_out_losses(vectors, y, np.arange(240), STRENGTHS, 0)
+    monkeypatch.setattr("fgvc.models.probe.PASSED", len(STRENGTHS))
+    every = _held_out_losses(vectors, y, np.arange(240), STRENGTHS, 0)
+    assert len(tried) < len(every) == len(STRENGTHS)
+    assert min(tried, key=tried.__getitem__) == min(every, key=every.__getitem__)
+    assert tried == {strength: every[strength] for strength in tried}
