@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
 
 from fgvc.data.splits import fold_numbers, group_codes, stratified
 from fgvc.errors import FgvcError
@@ -108,17 +107,16 @@ def learning_curve(
     classes = int(labels.max(initial=0)) + 1
     right = np.zeros((len(SHARES), len(labels)), bool)
     held_out = np.zeros(len(labels), bool)
-    with threadpool_limits(1):  # matrices this small gain nothing from threads, and lose much where others compute
-        for fold in folds:
-            held_out[fold.held_out] = True
-            for at, learned in enumerate(fold.train):
-                if len(np.unique(labels[learned])) < 2:
-                    continue
-                options: dict[str, tuple[float, ...]] = {} if strength is None else {"strengths": (strength,)}
-                inner = None if codes is None else codes[learned]
-                probe = fit_probe(vectors[learned], labels[learned], classes=classes, groups=inner, seed=seed, **options)
-                strength = probe.strength
-                right[at, fold.held_out] = probe.logits(vectors[fold.held_out]).argmax(1) == labels[fold.held_out]
+    for fold in folds:
+        held_out[fold.held_out] = True
+        for at, learned in enumerate(fold.train):
+            if len(np.unique(labels[learned])) < 2:
+                continue
+            options: dict[str, tuple[float, ...]] = {} if strength is None else {"strengths": (strength,)}
+            inner = None if codes is None else codes[learned]
+            probe = fit_probe(vectors[learned], labels[learned], classes=classes, groups=inner, seed=seed, **options)
+            strength = probe.strength
+            right[at, fold.held_out] = probe.logits(vectors[fold.held_out]).argmax(1) == labels[fold.held_out]
     assert strength is not None
     return Curve(right, held_out, strength, codes)
 

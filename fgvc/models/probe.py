@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from fgvc.errors import FgvcError
@@ -67,9 +68,10 @@ def fit_probe(
     spread = np.maximum(spread, FLOOR * float(np.median(varying)) if len(varying) else 1.0)
     x = ((vectors - mean) / spread).astype(np.float32)
     groups = np.arange(len(y)) if groups is None else groups
-    losses = _held_out_losses(x, y, groups, strengths, seed) if len(strengths) > 1 else {}
-    best = min(losses, key=lambda strength: losses[strength]) if losses else strengths[len(strengths) // 2]
-    w, b = _coefficients(x, y, best)
+    with threadpool_limits(1):  # matrices this small gain nothing from threads, and lose much where others compute
+        losses = _held_out_losses(x, y, groups, strengths, seed) if len(strengths) > 1 else {}
+        best = min(losses, key=lambda strength: losses[strength]) if losses else strengths[len(strengths) // 2]
+        w, b = _coefficients(x, y, best)
     weight, bias = np.zeros((classes, x.shape[1])), np.zeros(classes)
     bias[:] = float((x @ w.T + b).min())
     weight[present] = w / spread
