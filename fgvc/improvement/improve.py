@@ -155,8 +155,8 @@ def run_improvement(request: Request, out: Path, *, on_ray: bool = False, dry_ru
             verdict = _judge(task, ladder, out, gate, view, standing)
         place, report = _placed(out, verdict), out / "report.html"
         view.say(f"written: {report}")
-        others = ", ".join(f"{name} {100 * share:.1f} %" for name, share in verdict.others.items())
-        view.say(f"on the {verdict.images} images that judge: {others}, new {100 * verdict.new:.1f} %")
+        shares = ", ".join(f"{name} {100 * share:.1f} %" for name, share in (*verdict.others.items(), ("new", verdict.new)))
+        view.say(f"on the {verdict.images} images that judge: {shares}")
         view.say(verdict.sentence(task.name))
         return Improvement(
             folder=out, plan=plan, verdict=verdict, bundle=place if verdict.better else None,

@@ -47,6 +47,7 @@ from fgvc.training.interpolate import right_by_share
 
 Status = Literal["done", "dropped", "failed"]
 LEVEL = 0.6827  # of the interval that a choice must leave: one standard error (Breiman et al. 1984, section 3.4.3)
+IS_PLAIN = "what ships is the plain recipe"
 LEAST_FREE = 100 * 2**20  # bytes of the disk: with less a failure is taken for one of space
 BETWEEN = "between"  # of the net between a run's start and its end that the images that choose like best
 Say = Callable[[str], None]
@@ -129,7 +130,8 @@ class Ladder:
             named = {"data": {"file": str(self._named)}} if self.task.unlabelled else {}
             return merged(self.settings(self.choices["best"]), distilled(self._teachers()), named)
         own = self._start if self.best is None else self.settings(self.best)
-        return merged(own, rung.settings)
+        alone = PLAIN in self.outcomes and self.outcomes[PLAIN].reason == IS_PLAIN
+        return merged(own, rung.settings, {"train": {"floor": True}} if alone else {})  # else it is the plain run's
 
     @property
     def _start(self) -> Tree:
@@ -319,7 +321,7 @@ class Ladder:
         share = self.choices["share"]
         is_plain = self.best == BASE and not self._start and share == 1
         if is_plain and PLAIN not in self.outcomes and self.plan.of("ship")[-1].name == PLAIN:
-            self._set(PLAIN, Outcome(status="dropped", reason="what ships is the plain recipe"))
+            self._set(PLAIN, Outcome(status="dropped", reason=IS_PLAIN))
         self._run("ship")
         start = self.choices.get("start", BASE)
         best = self.best if self.best is not None else start if start != BASE else None

@@ -57,6 +57,7 @@ def test_the_plain_recipe_runs_beside_all_that_is_another(
     ladder.choices["start"] = start
     ladder._ship()
     assert (PLAIN in ladder.outcomes) == (start == BASE)
+    assert ladder.settings(FINAL).get("train") == ({"floor": True} if start == BASE else None)
 
 
 def test_a_baseline_is_a_run_that_reached_its_end(ladder: Ladder) -> None:
