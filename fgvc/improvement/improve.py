@@ -28,7 +28,7 @@ from fgvc.improvement.clock import Clock, seconds_of
 from fgvc.improvement.ladder import BASE, FINAL, PLAIN, Plan, candidates, plan_ladder
 from fgvc.improvement.on_ray import refuse_missing_ray
 from fgvc.improvement.page import write_page
-from fgvc.improvement.recipes import recipe_of, write_recipe
+from fgvc.improvement.recipes import merged, recipe_of, write_recipe
 from fgvc.improvement.rungs import Ladder
 from fgvc.improvement.search import held, join, refuse_missing
 from fgvc.improvement.side_by_side import Ended, Job, Workers, last_json, workers
@@ -248,13 +248,13 @@ def _timings(
     task: Task, out: Path, clock: Clock, view: View, pool: Workers, *, budget: float
 ) -> tuple[dict[str, Timing], int]:
     """Time what the rungs cost, as many side by side as will run. Raises FgvcError where the base can't be trained."""
-    wanted = candidates(task) if budget >= LONG else {BASE: {}}
+    wanted, precision = (candidates(task), "auto") if budget >= LONG else ({BASE: {}}, "fp32")
     slots = 1 if torch.cuda.is_available() else min(2, available_cpus())
     view.say(f"timing a few steps of {some(list(wanted), 9)}")
     jobs = []
     for name, settings in wanted.items():
         path = out / "recipes" / f"time-{name}.yaml"
-        write_recipe(recipe_of(task.recipe, settings), path)
+        write_recipe(recipe_of(task.recipe, merged(settings, {"train": {"precision": precision}})), path)
         jobs.append(Job(name, ("time", str(path)), out / "logs" / f"time-{name}.log"))
     timings: dict[str, Timing] = {}
 

@@ -61,6 +61,7 @@ class Plan:
     rungs: tuple[Rung, ...]
     left_out: Mapping[str, str]  # rung -> why
     search: float = 0.0  # seconds at least, of a search around the best
+    precision: str = "fp32"  # of all rungs
     timings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def of(self, stage: Stage) -> tuple[Rung, ...]:
@@ -178,6 +179,7 @@ def plan_ladder(
                 Plan(
                     budget=budget, slots=slots, shipping=shipping, rungs=draft.rungs(epochs, full), left_out=left_out,
                     search=searching, timings={name: asdict(timing) for name, timing in timings.items()},
+                    precision=timings[BASE].precision,
                 )
             )  # fmt: skip
         reason = f"in a ladder with it each rung would have {epochs} epochs, and it needs {fewest}"

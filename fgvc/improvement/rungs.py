@@ -217,12 +217,14 @@ class Ladder:
         path = self.out / "recipes" / f"{rung.name}.yaml"
         epochs = self.epochs(rung)
         length = {"train": {"epochs": epochs, "validate_every": epochs}} if epochs else {}
-        settings = merged(self.settings(rung.name), length)
-        write_recipe(recipe_of(self.task.recipe, settings), path)
+        write_recipe(self._recipe(self.settings(rung.name), length), path)
         words = ["train", str(path), str(self.run(rung.name))]
         if self.task.chooses and rung.stage in ("tune", "teach"):
             words.append(str(self.run(f"{rung.name}-{BETWEEN}")))
         return Job(rung.name, tuple(words), self.out / "logs" / f"{rung.name}.log")
+
+    def _recipe(self, *settings: Tree) -> dict[str, Any]:
+        return recipe_of(self.task.recipe, merged({"train": {"precision": self.plan.precision}}, *settings))
 
     def epochs(self, rung: Rung) -> int:
         """Epochs of a rung; of what ships more, where a cheaper one than the costliest won."""
@@ -259,7 +261,7 @@ class Ladder:
         rung = next(rung for rung in self.plan.rungs if rung.name == best)
         ship = makespan((rung.seconds for rung in self.plan.of("ship")), self.plan.slots)
         left = self.plan.budget - self.plan.shipping - ship - self.clock.seconds
-        recipe = recipe_of(self.task.recipe, self.settings(best))
+        recipe = self._recipe(self.settings(best))
         space = Space(recipe=recipe, epochs=rung.epochs, seconds=rung.seconds, deadline=time.time() + left)
         write_atomic(self.out / SPACE, as_json(asdict(space)))
         seed = self.task.recipe["train"]["seed"]

@@ -60,7 +60,7 @@ class View:
         self._console.print(table)
         self.say(
             f"about {duration(plan.seconds)} of {duration(plan.budget)}, "
-            f"{plan.slots} side by side; {duration(plan.shipping)} are for export, judgement and page"
+            f"{plan.slots} side by side, in {plan.precision}; {duration(plan.shipping)} are for export, judgement and page"
         )
         for name, why in plan.left_out.items():
             self.say(f"left out: {name}: {why}")

@@ -56,6 +56,7 @@ class Timing:
     peak_bytes: int
     device: str
     weights_bytes: int = 0  # of all parameters and buffers
+    precision: str = "fp32"  # the faster one
 
 
 def timing(recipe: Recipe, started: float) -> Timing:
@@ -78,6 +79,7 @@ def timing(recipe: Recipe, started: float) -> Timing:
         return Timing(
             start=start, step=statistics.median(timed), batch=session.batch, look=look, teacher_look=teacher_look,
             peak_bytes=peak_memory(process.device), device=process.device.type, weights_bytes=_weights_bytes(session.step),
+            precision=session.process.precision,
         )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,11 @@ def test_the_plain_recipe_runs_beside_all_that_is_another(
     ladder._ship()
     assert (PLAIN in ladder.outcomes) == (start == BASE)
     assert ladder.settings(FINAL).get("train") == ({"floor": True} if start == BASE else None)
+
+
+def test_all_rungs_have_the_precision_that_was_faster(ladder: Ladder) -> None:
+    ladder.plan = replace(ladder.plan, precision="bf16")
+    assert ladder._recipe({"train": {"epochs": 3}})["train"] == {"precision": "bf16", "epochs": 3}
 
 
 def test_a_baseline_is_a_run_that_reached_its_end(ladder: Ladder) -> None:
