@@ -20,6 +20,7 @@ from fgvc.errors import FgvcError, NoUnseenImagesError
 from fgvc.evaluation.side import open_sides
 from fgvc.exporting.deployed import compare_written
 from fgvc.improvement.improve import _claimed, run_improvement
+from fgvc.improvement.ladder import TAUGHT
 from fgvc.improvement.rungs import right_on_choose
 from fgvc.improvement.side_by_side import Job
 from fgvc.improvement.task import Request, look
@@ -55,7 +56,8 @@ def test_each_image_has_one_use(better: Path) -> None:
     assert np.mean(right) == pytest.approx(json.loads((better / "verdict.json").read_text())["new"])
     final = api.load_recipe(better / "recipes" / "final.yaml")
     assert not final.data.hold_out
-    assert final.train.epochs == json.loads((better / "plan.json").read_text())["rungs"][-1]["epochs"]
+    rungs = {rung["name"]: rung for rung in json.loads((better / "plan.json").read_text())["rungs"]}
+    assert final.train.epochs == rungs["final"]["epochs"]
     assert not len(right_on_choose(better / "runs" / "final"))
     assert len(right_on_choose(better / "runs" / "base")) == 120
 
@@ -80,13 +82,24 @@ def test_a_file_that_nothing_is_better_than(better: Path, pictures: Path, tmp_pa
     for name in ("model.onnx", "labels.json", "preprocess.json"):
         shutil.copy(better / "bundle" / name, tmp_path / "file" / name)
     request = request_for(tmp_path / "file" / "model.onnx", pictures)
-    plan = planned(request, tmp_path / "better")
-    assert plan.rungs
-    result = run_improvement(request, tmp_path / "better")
+    out = tmp_path / "better"
+    plan = planned(request, out, TAUGHT)
+    assert [rung.name for rung in plan.rungs] == ["probe-deployed", "base", "taught", "student", "final", "plain"]
+    result = run_improvement(request, out)
     assert result.exit_code == 3
     assert result.bundle is None
-    assert (tmp_path / "better" / "candidate" / "model.onnx").is_file()
-    assert not (tmp_path / "better" / "bundle").exists()
+    assert (out / "candidate" / "model.onnx").is_file()
+    assert not (out / "bundle").exists()
+
+    record = json.loads((out / "rungs.json").read_text())  # a student learned from the runs before it, each where it is best
+    student = api.load_recipe(out / "recipes" / "student.yaml").techniques.distill
+    places = [teacher.path.name for teacher in student.teachers]
+    at_end = {name: record["outcomes"][name]["share"] == 1 for name in ("base", "taught")}
+    assert [place.partition("-")[0] for place in places] == ["base", "taught"]
+    assert [place in at_end for place in places] == list(at_end.values())
+    done = {name for name, row in record["outcomes"].items() if row["status"] == "done"}
+    assert done | {"plain"} == {rung.name for rung in plan.rungs}
+    assert len(right_on_choose(out / "runs" / "student")) == 120
 
 
 def test_a_disk_without_room_for_the_runs_is_said_before_any(
