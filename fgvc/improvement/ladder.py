@@ -229,18 +229,16 @@ class _Draft:
         alone = {stage for stage in STAGES if sum(rung.stage == stage for rung in rungs) == 1} if self.slots > 1 else set()
         return tuple(replace(rung, seconds=ALONE * rung.seconds) if rung.stage in alone else rung for rung in rungs)
 
-    def _cost(self, timing: Timing, epochs: int, *, learn: int | None = None, fits: bool = False) -> float:
-        """Of a run that learns from `learn` images (default: those of train), which then are all: none chooses."""
-        counts, classes = self.task.counts, len(self.task.classes)
+    def _cost(self, timing: Timing, epochs: int, *, learn: int, choose: int = 0, fits: bool = False) -> float:
+        """Of a run that learns from so many images; `choose`: that it is scored on."""
         fits = fits or self.task.file is None  # timm's net begins with a fitted head
-        if learn is None:
-            return cost(timing, learn=counts["train"], choose=counts["val"], epochs=epochs, classes=classes, fits=fits)
-        return cost(timing, learn=learn, choose=0, epochs=epochs, classes=classes, fits=fits)
+        return cost(timing, learn=learn, choose=choose, epochs=epochs, classes=len(self.task.classes), fits=fits)
 
     def _probes(self) -> list[Rung]:
         """Fitted heads on the features of all first weights, the deployed file's own among them, where that is cheap."""
         starts = [{"name": "deployed", "weights": "deployed"}] if self.task.file is not None else []
-        seconds = self._cost(self.timings[BASE], 0, fits=True)
+        counts = self.task.counts
+        seconds = self._cost(self.timings[BASE], 0, learn=counts["train"], choose=counts["val"], fits=True)
         rungs = [
             Rung(
                 name=f"probe-{start['name']}", stage="probe", what=f"a head fitted to the features of {start['name']}", epochs=0,
@@ -252,7 +250,7 @@ class _Draft:
         return rungs if self.task.chooses and cheap else []
 
     def _tuned(self, epochs: int) -> list[Rung]:
-        task = self.task
+        task, counts = self.task, self.task.counts
         teacher = task.teachers[0]["backbone"] if task.teachers else "its own first weights"
         kinds: dict[str, tuple[str, Mapping[str, Any]]] = {BASE: ("the plain recipe", {})}
         kinds |= {entry["name"]: (entry["what"], entry["settings"]) for entry in portfolio()}
@@ -262,7 +260,9 @@ class _Draft:
         return [
             Rung(
                 name=name, stage="tune", what=what, settings=settings, epochs=epochs,
-                seconds=self._cost(self.timings[name], epochs, fits=name == TEACHER),
+                seconds=self._cost(
+                    self.timings[name], epochs, learn=counts["train"], choose=counts["val"], fits=name == TEACHER
+                ),
             )
             for name, (what, settings) in kinds.items() if name in self.names
         ]  # fmt: skip
@@ -273,10 +273,7 @@ class _Draft:
         more = len(self.task.unlabelled)
         by = f"the tuned {self.task.teachers[0]['backbone']}" if TEACHER in self.names else "the runs before it"
         counts = self.task.counts
-        seconds = cost(
-            self._student_timing, learn=counts["train"] + more, choose=counts["val"], epochs=epochs,
-            classes=len(self.task.classes), fits=self.task.file is None,
-        )  # fmt: skip
+        seconds = self._cost(self._student_timing, epochs, learn=counts["train"] + more, choose=counts["val"])
         what = f"the best of these, taught by {by}"
         return [
             Rung(
@@ -305,11 +302,11 @@ class _Draft:
             tried = [self.timings.get(TAUGHT, self.timings[BASE])]
         costliest = max(tried, key=lambda timing: timing.step)
         seconds = self._cost(costliest, epochs, learn=learn + named, fits=PLAIN not in self.names)
-        fits = LEARN_ALL | {"train": {"floor": PLAIN not in self.names}}
+        settings = LEARN_ALL | {"train": {"floor": PLAIN not in self.names}}
         shipped = Rung(
             name=FINAL, stage="ship",
             what="the best again, on the images that chose as well" if task.chooses else "the first of the portfolio",
-            settings=fits if task.chooses else fits | unchosen(task, self.timings), epochs=epochs, seconds=seconds,
+            settings=settings if task.chooses else settings | unchosen(task, self.timings), epochs=epochs, seconds=seconds,
             epochs_of={
                 name: max(
                     n for n in range(epochs, max(epochs, FULL_EPOCHS) + 1)

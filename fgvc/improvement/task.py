@@ -250,8 +250,7 @@ def _stack(
         found = out / "labels.found.txt"
         make_folder(out)
         write_atomic(found, "".join(f"{name}\n" for name in error.labels))
-        stated = labels is not None and labels.source != f"--labels {request.labels}"
-        advice = f"mend {labels.source} by it" if stated and labels is not None else "give it as --labels"
+        advice = "give it as --labels" if labels is None or request.labels is not None else f"mend {labels.source} by it"
         raise FgvcError(f"{error}\n{found} has the likeliest order of the labels; look at it, and {advice}") from error
     for line in [] if stack.search is None else stack.search.lines():
         say(line)

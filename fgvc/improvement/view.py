@@ -94,11 +94,12 @@ class View:
         """How far a run is."""
         assert self._ladder is not None
         rung = next((rung for rung in self._ladder.plan.rungs if rung.name == job.name), None)
-        events = self._ladder.run(job.name) / "events.jsonl"
-        if rung is None or not events.is_file():
+        log = self._ladder.run(job.name) / "events.jsonl"
+        if rung is None or not log.is_file():
             return "starts"
-        epoch = next((event["epoch"] for event in reversed(_tail(events)) if event.get("event") == "step"), None)
-        if any(event.get("event") == "finished" for event in _tail(events)):
+        events = _tail(log)
+        epoch = next((event["epoch"] for event in reversed(events) if event.get("event") == "step"), None)
+        if any(event.get("event") == "finished" for event in events):
             return "between its start and its end"
         return "starts" if epoch is None else f"epoch {epoch + 1} of {self._ladder.epochs(rung)}"
 

@@ -68,8 +68,8 @@ class Floor:
 
 def fit_floor(session: Session) -> Floor | str:
     """Fit the floor on rank 0; every rank has it afterwards. Returns the reason, in words, where there is none: the net's head is
-    not linear, or its weights are random. Raises FgvcError instead where the run's own head is to be this one
-    (model.head: probe)."""
+    not linear, its weights are random, or train.floor is false. Raises FgvcError instead where the run's own head is to be this
+    one (model.head: probe)."""
     if session.recipe.model.weights == "none":
         return "no floor: the first weights are random"
     if not session.recipe.train.floor and session.recipe.model.head != "probe":
