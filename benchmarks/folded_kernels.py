@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fgvc import api
-from fgvc.cli.option import recipe_path
+from fgvc.config.shipped import recipe_file
 from fgvc.reparam.unfold import ScaledConv2d
 from fgvc.runs import build, checkpoint
 from fgvc.runs.folder import read_run
@@ -80,7 +80,7 @@ def arm(given: argparse.Namespace, optimizer: str, kernel: str, fold: int) -> di
         }
         began = time.perf_counter()
         with own_split, ways.get(kernel, nullcontext()):
-            run = trainer.train(api.load_recipe(recipe_path("any/plain"), overrides), Path(scratch) / "run")
+            run = trainer.train(api.load_recipe(recipe_file("any/plain"), overrides), Path(scratch) / "run")
         state = checkpoint.load(run / "ckpt")
         rows, predicted = state.rest["answers"].numpy()
         index = read_index(read_run(run))

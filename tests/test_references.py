@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
 from collections.abc import Iterator
@@ -127,6 +128,20 @@ def renames() -> ModuleType:
 
 def test_what_was_renamed_is_there() -> None:
     assert not [(old, new) for old, new in renames().names().items() if not is_there(new.split("."))]
+
+
+def test_benchmarks_and_examples_import_what_is_there() -> None:
+    """No test runs the scripts that take hours, so that a move of what they import is noticed by nobody."""
+    missing = [
+        f"{path}: {node.module}.{name.name}"
+        for path, text in texts("benchmarks", "examples")
+        if path.endswith(".py")
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "fgvc"
+        for name in node.names
+        if not is_there([*(node.module or "").split("."), name.name])
+    ]
+    assert not missing
 
 
 def test_scripts_are_put_right() -> None:

@@ -19,13 +19,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from cells import bits, epochs, fitted_floor, machine, percent, right_of
+from cells import epochs, fitted_floor, machine, percent, right_of
 from table import gain
 
 from fgvc import api
-from fgvc.cli.option import recipe_path
 from fgvc.config.data import SPLITS
+from fgvc.config.shipped import recipe_file
 from fgvc.data.sources.read import read_source
+from fgvc.io.bits import pack, unpack
 from fgvc.models.probe import put_head
 from fgvc.runs.distributed import process_group
 from fgvc.training.session import open_session
@@ -82,7 +83,7 @@ def main() -> None:
 
 def _drawn(overrides: list[str], table: Path, images: int, draw: int) -> list[str]:
     """Settings of a table in which so many train images a class are drawn, and the rest of them validates."""
-    index = read_source(api.load_recipe(recipe_path("any/plain"), overrides).data)
+    index = read_source(api.load_recipe(recipe_file("any/plain"), overrides).data)
     rng = np.random.default_rng([images, draw])
     train = np.flatnonzero(index.splits != SPLITS.index("test"))
     order = rng.permutation(train)
@@ -99,7 +100,7 @@ def _drawn(overrides: list[str], table: Path, images: int, draw: int) -> list[st
 
 
 def _run(overrides: list[str], work: Path) -> dict[str, object]:
-    recipe, started = api.load_recipe(recipe_path("any/plain"), overrides), time.perf_counter()
+    recipe, started = api.load_recipe(recipe_file("any/plain"), overrides), time.perf_counter()
     with process_group(recipe.train) as process, open_session(recipe, process, out=work) as session:
         net = session.step.net
         weight, bias, floor, _ = fitted_floor(session, work)
@@ -109,8 +110,8 @@ def _run(overrides: list[str], work: Path) -> dict[str, object]:
         found = [right_of(session, session.average or net) for _ in epochs(session, work)]
         return {
             "learned": len(session.index.rows("train")), "held_out": len(floor), "floor": percent(floor),
-            "epochs": " ".join(percent(right) for right in found), "floor_right": bits(floor),
-            "epochs_right": " ".join(bits(right) for right in found), "seconds": round(time.perf_counter() - started),
+            "epochs": " ".join(percent(right) for right in found), "floor_right": pack(floor),
+            "epochs_right": " ".join(pack(right) for right in found), "seconds": round(time.perf_counter() - started),
         }  # fmt: skip
 
 
@@ -141,7 +142,7 @@ def _table(out: Path) -> None:
         floors, chosen, ends = [], [], []
         for row in rows:
             bits = [
-                np.unpackbits(np.frombuffer(bytes.fromhex(one), np.uint8), count=int(row["held_out"])).astype(bool)
+                unpack(one, int(row["held_out"]))
                 for one in (row["floor_right"], *row["epochs_right"].split())
             ]
             floors.append(bits[0])

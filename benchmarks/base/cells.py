@@ -26,10 +26,11 @@ import numpy as np
 import torch
 
 from fgvc import api
-from fgvc.cli.option import recipe_path
 from fgvc.config.recipe import Recipe
+from fgvc.config.shipped import recipe_file
 from fgvc.data.loader import evaluation_loader
 from fgvc.evaluation.features import pooled
+from fgvc.io.bits import pack
 from fgvc.models.probe import fit_probe, linear_head, put_head
 from fgvc.runs.distributed import process_group
 from fgvc.training.log import Events
@@ -70,7 +71,7 @@ def main() -> None:
                 continue
             named = [re.sub(r"\b[A-Z]+[0-9]?\b", lambda word: files.get(word[0], word[0]), part) for part in settings]
             overrides = [*common, *named, f"data.fold=[{fold}, 5]", "train.workers=0", "cache=disk", *given.overrides]
-            recipe = api.load_recipe(recipe_path(config), overrides)
+            recipe = api.load_recipe(recipe_file(config), overrides)
             row = {"cell": name, "fold": fold, "overrides": shlex.join(settings)}
             row |= _run(recipe, given.work, norms="learn=norms" in own)
             with out.open("a", newline="") as stream:
@@ -115,7 +116,7 @@ def _run(recipe: Recipe, work: Path, *, norms: bool) -> dict[str, object]:
         last = {key: value.detach().clone() for key, value in (session.average or net).state_dict().items()}
         row |= _between(session, first, last, net)
         row |= {"fresh_probe": _fresh_probe(session, net), "seconds": round(time.perf_counter() - started)}
-        row |= {"floor_right": bits(floor), "end_right": bits(end), "ema_right": "" if ema is None else bits(ema)}
+        row |= {"floor_right": pack(floor), "end_right": pack(end), "ema_right": "" if ema is None else pack(ema)}
         return row
 
 
@@ -156,7 +157,7 @@ def _between(
     best = max(SHARES, key=lambda share: found[share].mean())
     return {
         "change": f"{change:.4f}", "interpolated": " ".join(percent(found[share]) for share in SHARES),
-        "interpolated_right": f"{best}:{bits(found[best])}",
+        "interpolated_right": f"{best}:{pack(found[best])}",
     }  # fmt: skip
 
 
@@ -227,10 +228,6 @@ def right_of(session: Session, net: torch.nn.Module | None) -> np.ndarray | None
 
 def percent(right: np.ndarray) -> str:
     return f"{100 * right.mean():.2f}"
-
-
-def bits(right: np.ndarray) -> str:
-    return np.packbits(right).tobytes().hex()
 
 
 def machine() -> str:

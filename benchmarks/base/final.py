@@ -20,8 +20,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
-
 FIELDS = (
     "arm",
     "seed",
@@ -80,6 +78,7 @@ def read(out: Path, work: Path, plan: list[tuple[str, str, str]]) -> None:
     """Evaluate every run on test; all of them, or none."""
     from sklearn.metrics import f1_score, recall_score
 
+    from fgvc.io.bits import pack
     from fgvc.runs.loaded import load_run
 
     if missing := [f"{arm}-{seed}" for seed, arm, _ in plan if not (work / f"{arm}-{seed}.seconds").exists()]:
@@ -101,8 +100,8 @@ def read(out: Path, work: Path, plan: list[tuple[str, str, str]]) -> None:
                 "arm": arm, "seed": seed, "seconds": (work / f"{arm}-{seed}.seconds").read_text().strip(),
                 "top1": f"{100 * right[None].mean():.2f}", "floor_top1": f"{100 * right['floor'].mean():.2f}",
                 "macro_f1": f"{100 * scores[None][0]:.2f}", "lowest_recall": f"{100 * scores[None][1].min():.2f}",
-                "overrides": text, "right": np.packbits(right[None]).tobytes().hex(),
-                "floor_right": np.packbits(right["floor"]).tobytes().hex(),
+                "overrides": text, "right": pack(right[None]),
+                "floor_right": pack(right["floor"]),
             }
         )  # fmt: skip
         print(arm, seed, rows[-1]["top1"], "floor", rows[-1]["floor_top1"], flush=True)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from fgvc import api
-from fgvc.cli.option import recipe_path
+from fgvc.config.shipped import recipe_file
 from fgvc.errors import FgvcError
 from fgvc.evaluation.features import compute_features, load_frozen
 from fgvc.models.probe import fit_probe
@@ -24,7 +24,7 @@ from fgvc.training.start import view_features
 
 
 def main(config: str, overrides: list[str]) -> None:
-    recipe = api.load_recipe(recipe_path(config), overrides)
+    recipe = api.load_recipe(recipe_file(config), overrides)
     if recipe.data.val_fraction:
         raise FgvcError("data.val_fraction: the floor of the whole train split; give data.val_fraction=0")
     index = read_index(recipe)

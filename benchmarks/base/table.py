@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from fgvc.evaluation.paired import gain_interval
+from fgvc.io.bits import unpack
 
 
 def main(table: Path) -> None:
@@ -37,8 +38,7 @@ def main(table: Path) -> None:
 
 def _right(rows: list[dict[str, str]], key: str) -> np.ndarray:
     """(N,) bool over the images of all folds."""
-    bits = [np.unpackbits(np.frombuffer(bytes.fromhex(row[key]), np.uint8), count=int(row["held_out"])) for row in rows]
-    return np.concatenate(bits).astype(bool)
+    return np.concatenate([unpack(row[key], int(row["held_out"])) for row in rows])
 
 
 def gain(floor: np.ndarray, right: np.ndarray) -> str:
