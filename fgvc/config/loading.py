@@ -218,9 +218,22 @@ def drop_replaced(model: type[BaseModel], tree: dict[str, Any], keys: Iterable[t
 
 
 def section(tree: dict[str, Any], keys: Iterable[str]) -> dict[str, Any]:
-    """The section under `keys`, created if missing; a value in its place is replaced."""
-    for key in keys:
-        if not isinstance(tree.get(key), dict):
-            tree[key] = {}
-        tree = tree[key]
-    return tree
+    """The section under `keys`, created if missing; a value in its place is replaced. Of a list a key is the number of an item that
+    is a section itself, from 0: `techniques.distill.teachers.0`. Raises FgvcError where the list has none such."""
+    path, place = list(keys), tree
+    for at, key in enumerate(path):
+        inner = place.get(key)
+        if isinstance(inner, list) and at + 1 < len(path):
+            items = {str(number): item for number, item in enumerate(inner) if isinstance(item, dict)}
+            if path[at + 1] not in items:
+                raise FgvcError(_not_in_the_list(".".join(path[: at + 1]), path[at + 1], items))
+            inner = items
+        elif not isinstance(inner, dict):
+            inner = place[key] = {}
+        place = inner
+    return place
+
+
+def _not_in_the_list(name: str, key: str, items: Mapping[str, Any]) -> str:
+    ways = f"one of its items ({', '.join(items)}), or " if items else ""
+    return f"{name}: a list, which has no {key!r}; give {ways}the whole list"

@@ -242,6 +242,17 @@ def test_a_rate_alone_leaves_the_optimizer_as_it_is(file: Path) -> None:
     assert (optim.name, optim.lr, optim.weight_decay) == ("sgd", 1e-3, 1e-4)
 
 
+def test_an_override_reaches_into_a_list_of_sections(file: Path) -> None:
+    teachers = "techniques.distill.teachers=[{kind: run, path: a}, {kind: run, path: b}]"
+    distill = load_recipe(file, [teachers, "techniques.distill.teachers.1.path=c"]).techniques.distill
+    assert [(teacher.path, teacher.weight) for teacher in distill.teachers] == [(Path("a"), 1), (Path("c"), 1)]
+    message = "techniques.distill.teachers: a list, which has no '2'; give one of its items (0, 1), or the whole list"
+    assert message in refusal(file, teachers, "techniques.distill.teachers.2.path=c")
+    wrong = "techniques.distill.teachers.1.weight=-1"
+    assert refusal(file, teachers, wrong).startswith(f"override {wrong!r}: techniques.distill.teachers.1.weight: ")
+    assert "augment.crop_scale: " in refusal(file, "augment.crop_scale.0=1")
+
+
 def test_an_override_replaces_the_alternative_that_the_file_has(tmp_path):
     """A recipe of a timm net is one of a deployed file by one override, and the other way round."""
     path = tmp_path / "mine.yaml"
