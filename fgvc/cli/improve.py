@@ -17,7 +17,7 @@ def improve(
         str, typer.Argument(metavar="FILE|NAME", help="A deployed classifier's .onnx file, or timm's name of a net.")
     ],
     data: Annotated[Path, typer.Argument(metavar="IMAGES", help="Labelled images: class folders, CUB's layout, or a table.")],
-    budget: Annotated[str, typer.Option("--budget", help="Working time from start to exit: 20m, 1.5h, 2d.")] = "1h",
+    budget: Annotated[str, typer.Option("--budget", help="Working time from start to exit: 20m, 1.5h, 2d; at least 2m.")] = "1h",
     out: Annotated[Path, typer.Option("-o", "--out", help="The folder of everything; the same command goes on there.")] = Path(
         "better"
     ),
@@ -26,7 +26,11 @@ def improve(
         Path | None, typer.Option(help="How the deployed file is fed, as a bundle's preprocess.json; default: it is found.")
     ] = None,
     seen: Annotated[
-        str, typer.Option(help="What the file was trained on: train (the set's own train split), none, or a list of paths.")
+        str,
+        typer.Option(
+            help="What the file was trained on: train (the set's own train split; a flat folder has none), none (all images are "
+            "newer than the file), or a list of paths."
+        ),
     ] = "train",
     unseen: Annotated[
         Path | None, typer.Option(help="A folder of images that the file has not seen; IMAGES are then learned from.")
@@ -42,7 +46,7 @@ def improve(
     max_negative_flips: Annotated[
         str | None, typer.Option(help="Most images that the file names rightly now and would not then: 12, or 0.5%.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of splits and trainings.")] = 0,
     search: Annotated[
         bool, typer.Option("--search", help="Search around the winner's settings by Optuna; a second such command shares it.")
     ] = False,

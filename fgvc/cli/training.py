@@ -182,6 +182,7 @@ def train(
     from fgvc.cli import show
 
     if dry_run:
+        print("reading the images, building the net and timing its steps: a minute or so", file=sys.stderr)
         show.forecast(api.forecast(recipe))
         return
     folder = out or _default_folder(made.name, recipe, resume=resume, overwrite=overwrite)

@@ -218,8 +218,8 @@ def drop_replaced(model: type[BaseModel], tree: dict[str, Any], keys: Iterable[t
 
 
 def section(tree: dict[str, Any], keys: Iterable[str]) -> dict[str, Any]:
-    """The section under `keys`, created if missing; a value in its place is replaced. Of a list a key is the number of an item that
-    is a section itself, from 0: `techniques.distill.teachers.0`. Raises FgvcError where the list has none such."""
+    """The section under `keys`, created if missing; a value in its place is replaced. Of a list a key is the number, from 0, of
+    an item that is a section itself: `techniques.distill.teachers.0`. Raises FgvcError where the list has none such."""
     path, place = list(keys), tree
     for at, key in enumerate(path):
         inner = place.get(key)

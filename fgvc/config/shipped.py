@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fgvc.errors import FgvcError
 from fgvc.io.names import nearest
-from fgvc.io.places import what_it_is
+from fgvc.io.places import entries, what_it_is
 
 STUDIES = "studies/"  # below configs/
 DEFAULT = "any/plain"  # the recipe for whatever data
@@ -36,16 +36,16 @@ def _configs() -> dict[str, Path]:
 
 
 def recipe_file(name: str) -> Path:
-    """The file of a recipe, by path or id. Raises FgvcError listing the ids."""
-    return _file(name, recipes(), "recipe", "a recipe's id; `fgvc recipes` lists them")
+    """The file of a recipe, by path or id. Raises FgvcError with the nearest id or file."""
+    return _file(name, recipes(), "recipe", "a recipe's id", "`fgvc recipes` lists them")
 
 
 def study_file(name: str) -> Path:
-    """The file of a study, by path or id. Raises FgvcError listing the ids."""
-    return _file(name, studies(), "study", "a study's id; there are")
+    """The file of a study, by path or id. Raises FgvcError with the nearest id or file, or all ids."""
+    return _file(name, studies(), "study", "a study's id", f"there are {', '.join(studies())}")
 
 
-def _file(name: str, files: Mapping[str, Path], kind: str, otherwise: str) -> Path:
+def _file(name: str, files: Mapping[str, Path], kind: str, ids: str, otherwise: str) -> Path:
     path = Path(name)
     if path.is_file():
         return path
@@ -53,9 +53,13 @@ def _file(name: str, files: Mapping[str, Path], kind: str, otherwise: str) -> Pa
         return files[name]
     if path.exists():
         raise FgvcError(f"{name}: is no {kind}{what_it_is(path)}")
-    near = nearest(name, files)
-    hint = f"; did you mean {near[0]}?" if near else f": {', '.join(files)}"
-    raise FgvcError(f"{name}: no such file, nor {otherwise}{hint}")
+    setting, equals, value = name.partition("=")
+    if equals:
+        meant = f"; did you mean {value}?" if Path(value).exists() or value in files else ""
+        raise FgvcError(f"{setting}=...: a setting, where a {kind} or images come first and settings after them{meant}")
+    beside = [str(path.parent / other) for other in entries(path.parent)]
+    near = nearest(name, [*files, *beside])
+    raise FgvcError(f"{name}: no such file, nor {ids}; " + (f"did you mean {near[0]}?" if near else otherwise))
 
 
 def run_name(path: Path) -> str:

@@ -54,39 +54,41 @@ def _described(path: Path) -> str:
         return f"it is a recipe, most likely: `fgvc train {name}`"
     if suffix == ".onnx":
         return f"it is a network's file: `fgvc inspect {name}`, `fgvc init --deployed {name} --data IMAGES my.yaml`"
+    if suffix in (".safetensors", ".pth", ".pt"):
+        return f"it is a file of weights: `fgvc train IMAGES model.weights={name}` begins with them"
     if suffix in TABLES:
         return f"it is a table: `fgvc train {name}`, where it is one of images and labels"
     return "it is a picture" if _is_image(path.name) else ""
 
 
 def _is_run(folder: Path) -> bool:
-    return is_run_folder(set(_names(folder)))
+    return is_run_folder(set(entries(folder)))
 
 
 def _is_bundle(folder: Path) -> bool:
-    return {"manifest.json", "model.onnx"} <= set(_names(folder))
+    return {"manifest.json", "model.onnx"} <= set(entries(folder))
 
 
 def _class_folders(folder: Path) -> list[str]:
     """Names of folders with images, below the folder or below its splits' folders."""
     classes = []
-    for name in _names(folder):
+    for name in entries(folder):
         below = folder / name
         if below.is_dir() and not name.startswith("."):
-            inner = [other for other in _names(below) if (below / other).is_dir() and any(_images(below / other))]
+            inner = [other for other in entries(below) if (below / other).is_dir() and any(_images(below / other))]
             classes += inner if inner else [name] if any(_images(below)) else []
     return sorted(set(classes))
 
 
 def _images(folder: Path) -> Iterator[str]:
-    return (name for name in _names(folder) if _is_image(name))
+    return (name for name in entries(folder) if _is_image(name))
 
 
 def _is_image(name: str) -> bool:
     return (mimetypes.guess_type(name)[0] or "").startswith("image/")
 
 
-def _names(folder: Path) -> list[str]:
+def entries(folder: Path) -> list[str]:
     """Names of a folder's entries, LISTED at most; none where it can't be read."""
     try:
         with os.scandir(folder) as entries:

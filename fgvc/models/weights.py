@@ -95,8 +95,9 @@ def load_weights(
         elif assumed := [key for key in ("mean", "std") if key not in stated]:
             doubts = (
                 f"{path.name} says nothing of its {' and '.join(assumed)}: timm's for {model.name} are assumed, "
-                f"{', '.join(f'{key} {expects[key]}' for key in assumed)}. Give {' and '.join(assumed)} (in deploy; a teacher "
-                f'has its own), or a file {path.name}.json beside it ({{"mean": [...], "std": [...]}})',
+                f"{', '.join(f'{key} {expects[key]}' for key in assumed)}. Others go into "
+                f"{' and '.join(f'deploy.{key}' for key in assumed)} (a teacher's beside its weights), or into a file "
+                f'{path.name}.json beside it ({{"mean": [...], "std": [...]}})',
             )
     return _fill(net, state, model, origin=origin, doubts=doubts, expects=expects)
 

@@ -379,9 +379,10 @@ def _describe(session: Session, events: Events) -> None:
     doubts += spot_check(index, index.rows("train")) if session.process.main else []
     for doubt in doubts:
         events.say(f"WARNING: {doubt}")
-    counts = ", ".join(f"{len(index.rows(split))} {split}" for split in ("train", "val", "test"))
+    counts = ", ".join(f"{split} {len(index.rows(split))}" for split in ("train", "val", "test"))
+    unsaid = [text for text in (counts, f"{len(index.classes)} classes") if text not in index.recognised]
     lines = [
-        f"data: {index.recognised} ({counts} images, {len(index.classes)} classes)",
+        f"data: {index.recognised}" + f" ({'; '.join(unsaid)})" * bool(unsaid),
         f"model: {recipe.model.name}, weights {session.weights.origin}, input {session.preprocess.size}, "
         f"mean {session.preprocess.mean}, std {session.preprocess.std}",
         f"training: {session.total_steps} steps of {session.batch} images on {session.process.device}, "

@@ -30,6 +30,8 @@ print(code or 0, sorted({HEAVY} & set(sys.modules)), file=sys.stderr)
         (["recipes", "--schema"], 0, ""),
         (["init", "demo/plain", "OUT"], 0, ""),
         (["train", "nothere.yaml"], 2, "no such file, nor a recipe's id"),
+        (["train", "data=fgvc", "model=resnet18"], 2, "images come first and settings after them; did you mean fgvc?"),
+        (["train", "doc"], 2, "no such file, nor a recipe's id; did you mean docs?"),
         (["train", "demo/plain", "data.root=DATA", "train.epoch=3"], 2, "did you mean 'epochs'?"),
         (["train", "demo/plain", "data.root=DATA", "optim.lr=fast"], 2, "optim.lr: "),
         (["train", "any/plain", "data.root=DATA"], 2, "no set of images that fgvc recognises"),

@@ -14,7 +14,7 @@ from fgvc.io.places import is_data, what_it_is
 def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     for name in ("run/config.yaml", "run/ckpt/x", "bundle/manifest.json", "bundle/model.onnx", "leaves/a/1.jpg", "leaves/b/2.PNG",
-                 "split/train/a/1.jpg", "split/train/b/2.jpg", "flat/1.jpg", "other/readme.md"):  # fmt: skip
+                 "net.safetensors", "split/train/a/1.jpg", "split/train/b/2.jpg", "flat/1.jpg", "other/readme.md"):  # fmt: skip
         file = tmp_path / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()
@@ -28,6 +28,7 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("run", "; it is a run of fgvc: `fgvc eval run`"), ("bundle", "; it is a bundle: `fgvc predict bundle IMAGES`"),
         ("leaves", "; it is a folder of classes (a, b): `fgvc train leaves`"), ("split", "; it is a folder of classes (a, b)"),
         ("flat", "; it is a folder of images"), ("flat/1.jpg", "; it is a picture"), ("run/config.yaml", "; it is a recipe"),
+        ("net.safetensors", "; it is a file of weights: `fgvc train IMAGES model.weights=net.safetensors`"),
         ("bundle/model.onnx", "; it is a network's file: `fgvc inspect bundle/model.onnx`"),
     ],
 )  # fmt: skip
