@@ -15,6 +15,8 @@ import csv
 import hashlib
 import re
 import sys
+from functools import partial
+from os.path import relpath
 from pathlib import Path
 
 import grimp
@@ -123,8 +125,9 @@ def layers() -> str:
     return "\n".join([*lines, "```", ""])
 
 
-def block(m: re.Match[str]) -> str:
+def block(m: re.Match[str], page: Path) -> str:
     path = DOCS / "results" / (m["file"] or "")
+    picture = Path(relpath(place(m), page.parent)) if m["kind"] == "forest" else None  # beside the page
     made = {
         "techniques": techniques,
         "layers": layers,
@@ -136,9 +139,7 @@ def block(m: re.Match[str]) -> str:
         "table": lambda: table(path, m["columns"]),
         "study": lambda: markdown(study(path, m["split"], m["budget"])),
         "trials": lambda: markdown(study(path, m["split"], m["budget"], apart=True)),
-        "forest": lambda: (
-            f"![Differences to the first arm with their intervals]({place(m).relative_to(DOCS).as_posix()})\n"
-        ),
+        "forest": lambda: f"![Differences to the first arm with their intervals]({picture})\n",
     }
     return m[1] + made[m["kind"]]() + m["end"]
 
@@ -147,7 +148,7 @@ def main(arguments: list[str]) -> int:
     stale: dict[Path, bytes] = {}
     for path in [*sorted(DOCS.parent.glob("*.md")), *sorted(DOCS.rglob("*.md"))]:
         text = path.read_text(encoding="utf-8")
-        if (filled := BLOCK.sub(block, text)) != text:
+        if (filled := BLOCK.sub(partial(block, page=path), text)) != text:
             stale[path] = filled.encode()
         forests = [m for m in BLOCK.finditer(text) if m["kind"] == "forest"]
         stale |= {place(m): content for m in forests if (content := drawn(m)) is not None}
