@@ -25,6 +25,7 @@ from fgvc.evaluation.preprocessing import (
     COARSE,
     FEWEST_A_CLASS,
     IMAGES,
+    MUST_BE_DECIDED,
     NORMALISATIONS,
     SECONDS,
     Alternative,
@@ -68,6 +69,17 @@ class FileSearch(Display):
         """A class an output, as the answers show them; where they show none as stated, or UNASSIGNED."""
         order = self.search.order
         return order.stated if self.order_holds and order.stated else _shown(order)
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """What these images do not tell of how the file is fed, in words."""
+        found = self.search
+        return tuple(
+            f"these images do not tell {other.factor.replace('_', ' ')} {found.best.value(other.factor)} from "
+            f"{other.trial.value(other.factor)}, which could be worth {100 * other.worth:.1f} points at most: the former is "
+            "taken; give a preprocess.json where pictures of another kind come"
+            for other in found.undecided
+        )
 
     def numbers(self) -> dict[str, Any]:
         """For JSON."""
@@ -249,6 +261,5 @@ def _compared(other: Alternative, best: object) -> str:
     )
     if other.decided:
         return shown
-    if other.factor in ("fill", "crop_pct", "interpolation"):
-        return f"{shown}: the likelier is taken; the other could be worth {100 * other.worth:.1f} points at most"
-    return f"{shown}: UNDECIDED"
+    word = "UNDECIDED" if other.factor in MUST_BE_DECIDED else "the likelier is taken"
+    return f"{shown}: {word}; the other could be worth {100 * other.worth:.1f} points at most"

@@ -29,6 +29,7 @@ class FileStack:
     preprocess: Preprocess
     labels: tuple[str, ...]  # a class an output
     search: FileSearch | None  # None: both are stated
+    doubts: tuple[str, ...] = ()  # choices that these images leave open, and that matter little for them
 
 
 def file_stack(
@@ -46,7 +47,8 @@ def file_stack(
     which are those of the folder `images`. `size`: height and width, where the file leaves them open; `seconds`: that asking may
     take.
 
-    Raises UndecidedError where these images do not tell how it is fed, OtherOrderError where its answers deny the stated labels.
+    Raises UndecidedError where these images do not tell how it is fed, and that matters for them; OtherOrderError where its
+    answers deny the stated labels.
     """
     if labels is not None and preprocess is not None:
         shown = other_labels(file, index, stated=labels.names, spec=preprocess)
@@ -55,7 +57,7 @@ def file_stack(
         return FileStack(preprocess=preprocess, labels=labels.names, search=None)
     search = search_file(file, images, index=index, stated=labels, size=size, seconds=seconds, progress=progress)
     lines = "\n".join(search.lines())
-    if search.search.undecided:
+    if preprocess is None and search.search.refused:
         raise UndecidedError(f"{lines}\nthese images do not tell how the file is fed")
     if not search.order_holds:
         raise OtherOrderError(lines, search.labels)
@@ -65,4 +67,7 @@ def file_stack(
             f"{lines}\n{file}: has {outputs} outputs, and the images are of {classes} classes: nothing says what the others are",
             search.labels,
         )
-    return FileStack(preprocess=preprocess or search.spec, labels=search.labels, search=search)
+    return FileStack(
+        preprocess=preprocess or search.spec, labels=search.labels, search=search,
+        doubts=() if preprocess is not None else search.doubts,
+    )  # fmt: skip

@@ -31,6 +31,7 @@ LogProbabilities = Callable[[NDArray[np.float32]], NDArray[np.float64]]
 """The network: images (n,3,H,W), normalised, RGB or BGR, to log-probabilities (n,K)."""
 Factor = Literal["normalisation", "channel_order", "resize", "fill", "crop_pct", "interpolation", "all"]
 MUST_BE_DECIDED: tuple[Factor, ...] = ("normalisation", "channel_order", "resize")
+LITTLE = 0.01  # share of the images that an open choice may be worth and be left to chance all the same
 TAKEN: tuple[Factor, ...] = ("fill", "crop_pct", "interpolation")  # where undecided, the likelier one
 
 Normalisation = tuple[Literal[1, 255], Triple, Triple]  # value of white; mean and std of R, G, B
@@ -103,6 +104,12 @@ class Alternative:
     def decided(self) -> bool:
         return self.low > 0
 
+    @property
+    def matters(self) -> bool:
+        """Whether it is open, of what can't be left to chance, and may be worth something: not where pictures are square, or
+        grey, and both are the same."""
+        return self.factor in MUST_BE_DECIDED and not self.decided and self.worth > LITTLE
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Search:
@@ -122,6 +129,11 @@ class Search:
     def undecided(self) -> tuple[Alternative, ...]:
         """Alternatives that the images do not tell from the best, of what can't be left to chance."""
         return tuple(a for a in self.alternatives if a.factor in MUST_BE_DECIDED and not a.decided)
+
+    @property
+    def refused(self) -> tuple[Alternative, ...]:
+        """Those of them that matter for images like these."""
+        return tuple(a for a in self.alternatives if a.matters)
 
 
 def interpolation_name(spec: Preprocess) -> str:
@@ -186,6 +198,12 @@ def search(
     others = [alternative.trial for alternative in tried.alternatives(best)]
     for trial in (best, *grid[:FINALISTS], *others):
         tried(trial.spec, trial.normalisation, whole)
+    # What stays open is refused, and two or three trials more are little time.
+    while whole < len(images) and (left := [a.trial for a in tried.alternatives(tried.best(whole)) if a.matters]):
+        open_, whole = (tried.best(whole), *left), tried.wider(whole)
+        progress(f"{whole} images under the {len(open_)} that are not told apart")
+        for trial in open_:
+            tried(trial.spec, trial.normalisation, whole)
     asked = None if given is None else tried(given.model_copy(update={"network": None}), "as given", whole)
     best = tried.best(whole)
     chance = float(np.bincount(labels[: len(best.losses)]).max() / len(best.losses))
@@ -236,6 +254,11 @@ class _Trials:
     def covering(self, images: int) -> int:
         """As many images, or so many more that all classes are among them."""
         return max(images, self._in_both_halves(FEWEST_A_CLASS * len(np.unique(self.labels))))
+
+    def wider(self, images: int) -> int:
+        """About twice as many images, or all."""
+        more = self._in_both_halves(2 * images)
+        return more if more > images else len(self.images)
 
     def _in_both_halves(self, images: int) -> int:
         """As many of the first `images` as can be: each class in two of them or more."""
@@ -290,7 +313,8 @@ def _paired(factor: Factor, best: Trial, other: Trial) -> Alternative:
     low, high = mean_interval(other.losses[:n] - best.losses[:n])
     ours, theirs = best.right[:n], other.right[:n]
     _, worth = gain_interval(int((theirs & ~ours).sum()), int((ours & ~theirs).sum()), n)
-    return Alternative(factor=factor, trial=other, low=low, high=high, worth=max(0.0, worth))
+    alike = np.array_equal(best.answers[:n], other.answers[:n])
+    return Alternative(factor=factor, trial=other, low=low, high=high, worth=0.0 if alike else max(0.0, worth))
 
 
 def _mean_difference(best: Trial, other: Trial) -> float:

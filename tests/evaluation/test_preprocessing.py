@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from functools import cache
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
 from fgvc.config.images import Preprocess
-from fgvc.errors import FgvcError
+from fgvc.errors import FgvcError, UndecidedError
 from fgvc.evaluation.assignment import assign, halved
+from fgvc.evaluation.file_preprocessing import FileSearch
+from fgvc.evaluation.file_stack import file_stack
 from fgvc.evaluation.paired import mean_interval
 from fgvc.evaluation.preprocessing import COARSE, FEWEST_A_CLASS, NORMALISATIONS, sample_rows, search
 from fgvc.images.preprocess import preprocess
@@ -104,6 +108,34 @@ def test_square_pictures_do_not_tell_a_squash_from_a_crop() -> None:
     spec = planted("0 to 1", crop_pct=1.0, interpolation="bilinear")
     result = search(network(spec), SIZE, square, labels, CLASSES, seconds=1e9)
     assert "resize" in {alternative.factor for alternative in result.undecided}
+    assert not result.refused  # whichever is taken, these are fed alike
+
+
+def test_what_a_few_images_leave_open_more_are_asked_about() -> None:
+    """However little time there is: two or three preprocessings are soon asked about. Of these images few are wide."""
+    images, labels = pictures(40)
+    spec = planted("0 to 1", crop_pct=1.0, interpolation="bilinear")
+    mixed = [image if n >= 60 else image.crop((11, 0, 55, 44)) for n, image in enumerate(images)]
+    mixed[:2] = images[:2]
+    result = search(network(spec), SIZE, mixed, labels, CLASSES, stated=CLASSES, seconds=1e-9)
+    assert result.images > 60
+    assert not result.refused
+
+
+def test_what_is_stated_is_not_left_open_by_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing states the labels, the file is asked for their order alone."""
+    images, labels = pictures()
+    spec = planted("0 to 1", crop_pct=1.0, interpolation="bilinear")
+    found = search(network(spec), SIZE, images, labels, CLASSES, stated=CLASSES, seconds=1e9)
+    open_ = replace(next(a for a in found.alternatives if a.factor == "resize"), low=-1.0, worth=0.5)
+    asked = FileSearch(
+        path=Path("deployed.onnx"), spec=spec, search=replace(found, alternatives=(open_,)), labels_source="the folder"
+    )  # fmt: skip
+    monkeypatch.setattr("fgvc.evaluation.file_stack.search_file", lambda *_, **__: asked)
+    stack = partial(file_stack, Path("deployed.onnx"), Path("set"), index=None, labels=None)  # type: ignore[arg-type]
+    assert stack(preprocess=spec).labels == CLASSES
+    with pytest.raises(UndecidedError, match="do not tell how the file is fed"):
+        stack(preprocess=None)
 
 
 def test_a_network_that_knows_nothing_is_refused() -> None:
