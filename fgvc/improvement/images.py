@@ -77,7 +77,7 @@ def divide(root: Path, *, deployed: bool, seen: Seen = "train", unseen: Path | N
     apart = divide_unseen(index, seen, learned=index.rows("train"), beside=unseen, ways=OPTIONS)
     splits = np.full(len(index), SPLITS.index("train"), np.int8)
     splits[apart.choose], splits[apart.judge] = SPLITS.index("val"), SPLITS.index("test")
-    rows = np.setdiff1d(np.arange(len(index)), apart.pool.copies)
+    rows = np.setdiff1d(np.arange(len(index)), np.union1d(apart.pool.copies, apart.pool.unreadable))
     return Divided(index=replace(index, splits=splits), rows=rows, rule=str(apart))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import shutil
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,14 @@ def test_copies_of_what_is_learned_from_are_left_out(pictures: Path, tmp_path: P
     divided = divide(pictures / "train", deployed=True, unseen=tmp_path / "new")
     assert sum(divided.counts.values()) == 60 + 225
     assert "1 near cop" in divided.rule
+
+
+def test_an_unseen_image_that_can_not_be_read_is_not_learned_from(pictures: Path, tmp_path: Path) -> None:
+    shutil.copytree(pictures, tmp_path / "set")
+    (tmp_path / "set" / "test" / "red" / "000.png").write_bytes(b"no picture")
+    divided = divide(tmp_path / "set", deployed=True)
+    assert divided.counts == {"train": 60, "val": 120, "test": 119}
+    assert "test/red/000.png" not in divided.table()
 
 
 def test_what_is_asked_before_training_does_not_judge(pictures: Path) -> None:
