@@ -193,7 +193,7 @@ class Ladder:
         """Record how a rung ended. Raises FgvcError where the disk is full: no fault of the rung's, it goes on later."""
         name = ended.job.name
         if ended.stopped:
-            self._set(name, Outcome(status="dropped", reason="its time was up", seconds=ended.seconds))
+            self._set(name, Outcome(status="dropped", reason=ended.message, seconds=ended.seconds))
         elif ended.code and self._is_full(ended.message):
             raise FgvcError(f"{self.out}: its disk is full: {ended.message}")
         elif ended.code:

@@ -43,7 +43,9 @@ class Ended:
 
     @property
     def message(self) -> str:
-        """Why it ended: the error in its log, the signal that killed it, or the last words of its log."""
+        """Why it ended: no time was left, the error in its log, the signal that killed it, or the last words of its log."""
+        if self.stopped:
+            return "its time was up"
         log = self.job.log.read_bytes()[self.before :] if self.job.log.is_file() else b""
         lines = log.decode("utf-8", "replace").strip().splitlines()
         at = next((n for n in range(len(lines) - 1, -1, -1) if lines[n].startswith("error: ")), None)

@@ -129,13 +129,26 @@ def look(request: Request, out: Path, say: Say) -> Task:
             raise FgvcError(
                 f"{out}: was begun with other words ({few(changed)} differ): give the same ones to go on, or choose another --out"
             )
-        return _task(stored["task"])
+        task = _task(stored["task"])
+        _refuse_replaced(request, task, out)
+        return task
     models = _several(
         lambda: _refuse_absent(request), *(lambda text=text: start_model(text) for text in request.starts)
     )[1:]
     task = _of_file(request, request.file, models, out, say) if request.file is not None else _of_name(request, models, out, say)
     write_atomic(record, as_json({"request": request.record, "task": asdict(task)}))
     return task
+
+
+def _refuse_replaced(request: Request, task: Task, out: Path) -> None:
+    """Raise FgvcError where another file lies in the deployed one's place, such as the better one: its verdict is not known."""
+    if task.file is None or request.file is None or not request.file.is_file():
+        return
+    if deployed.record_of(request.file) != deployed.record_of(Path(task.file)):
+        raise FgvcError(
+            f"{request.file}: is another file than the one that {out} was begun with ({task.file}); choose another --out for it, "
+            "or put that one back to go on"
+        )
 
 
 def _plain(value: Any) -> Any:
@@ -179,16 +192,17 @@ def _of_file(request: Request, file: Path, models: Sequence[Model], out: Path, s
     if request.labels is not None and stated is not None and read_labels(request.labels) != stated.names:
         raise FgvcError(f"--labels {request.labels}: {stated.source} says otherwise; leave the option out, or mend that")
     labels = Labels(read_labels(request.labels), f"--labels {request.labels}") if request.labels is not None else stated
+    lone = not file.with_name(PREPROCESS).is_file()  # else the option says otherwise than what lies beside, and holds
     divided, inspection = _several(
         lambda: divide(request.data, deployed=True, seen=request.seen, unseen=request.unseen),
-        lambda: inspect_file(file),
+        lambda: inspect_file(file, request.size, preprocess=request.preprocess if lone else None),
     )
     if not inspection.agrees:
         raise FgvcError(f"{file}: torch's answers are not onnxruntime's, so it can't be trained here; `fgvc inspect` tells more")
     _, warnings = _several(
         lambda: _refuse_names(labels, divided, inspection.classes, file), lambda: refuse_faulty(divided)
     )
-    spec, names = _stack(request, file, labels, divided, out, say)
+    spec, names, doubts = _stack(request, file, labels, divided, out, say, size=inspection.size)
     deployed.keep_file(out, file, names)
     kept = (out / deployed.FOLDER / file.name).absolute()
     write_atomic(kept.with_name(PREPROCESS), as_json(spec.model_dump(mode="json")))
@@ -212,7 +226,7 @@ def _of_file(request: Request, file: Path, models: Sequence[Model], out: Path, s
         teachers=_teachers(model for model in models if model.backbone != twin),
         keeps_answers=request.max_negative_flips is not None,
         unlabelled=unlabelled,
-        notes=warnings,
+        notes=(*doubts, *warnings),
     )
 
 
@@ -233,15 +247,19 @@ def _refuse_names(labels: Labels | None, divided: Divided, outputs: int, file: P
 
 
 def _stack(
-    request: Request, file: Path, labels: Labels | None, divided: Divided, out: Path, say: Say
-) -> tuple[Preprocess, tuple[str, ...]]:
-    """How the file is fed, and its labels: as stated, else as its answers about images that do not judge say. Raises FgvcError
-    where that is not plain, or where these deny what is stated."""
+    request: Request, file: Path, labels: Labels | None, divided: Divided, out: Path, say: Say, *, size: tuple[int, int]
+) -> tuple[Preprocess, tuple[str, ...], tuple[str, ...]]:
+    """How the file is fed, its labels, and what is in doubt of the former: as stated, else as its answers about images that do
+    not judge say. Raises FgvcError where that is not plain, or where these deny what is stated."""
     beside = request.preprocess if request.preprocess is not None else file.with_name(PREPROCESS)
+    stated = read_preprocess(beside) if beside.is_file() else None
+    if stated is not None and stated.size != size:
+        ours, theirs = ("x".join(map(str, sides)) for sides in (stated.size, size))
+        raise FgvcError(f"{beside}: makes images of {ours} pixels, and {file} is to take {theirs}: mend it, or --size")
     try:
         stack = file_stack(
             file, request.data, index=divided.unjudged, labels=labels, size=request.size,
-            preprocess=read_preprocess(beside) if beside.is_file() else None,
+            preprocess=stated,
             seconds=min(100.0, SEARCH_SHARE * request.budget),
         )  # fmt: skip
     except UndecidedError as error:
@@ -254,7 +272,7 @@ def _stack(
         raise FgvcError(f"{error}\n{found} has the likeliest order of the labels; look at it, and {advice}") from error
     for line in [] if stack.search is None else stack.search.lines():
         say(line)
-    return stack.preprocess, stack.labels
+    return stack.preprocess, stack.labels, stack.doubts
 
 
 def _of_name(request: Request, models: Sequence[Model], out: Path, say: Say) -> Task:

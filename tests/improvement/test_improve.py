@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from fgvc.exporting.deployed import compare_written
 from fgvc.improvement.improve import _claimed, run_improvement
 from fgvc.improvement.ladder import TAUGHT
 from fgvc.improvement.rungs import right_on_choose
-from fgvc.improvement.side_by_side import Job
+from fgvc.improvement.side_by_side import Ended, Job, Workers
 from fgvc.improvement.task import Request, look
 from fgvc.improvement.view import View
 from tests.improvement.conftest import NAMES, planned, request_for
@@ -76,6 +76,21 @@ def test_the_same_command_again_shows_the_same(
     assert "Better" in repr(result)
 
 
+def test_a_verdict_is_of_the_file_that_was_deployed_then(
+    better: Path, deployed: Path, pictures: Path, tmp_path: Path
+) -> None:
+    """The better file is put in the deployed one's place, and the same command runs again next month."""
+    mine, out = tmp_path / "mine", tmp_path / "better"
+    shutil.copytree(deployed.parent, mine)
+    request = request_for(mine / deployed.name, pictures)
+    task = look(request, out, lambda line: None)
+    shutil.copy(better / "bundle" / "model.onnx", mine / deployed.name)
+    with pytest.raises(FgvcError, match="another file than the one that .* was begun with"):
+        look(request, out, lambda line: None)
+    (mine / deployed.name).unlink()
+    assert look(request, out, lambda line: None) == task  # the folder has a copy of its own
+
+
 def test_a_file_that_nothing_is_better_than(better: Path, pictures: Path, tmp_path: Path) -> None:
     """The better file itself, improved once more: all its answers are right, and exit code 3 says so."""
     (tmp_path / "file").mkdir()
@@ -114,6 +129,21 @@ def test_a_disk_without_room_for_the_runs_is_said_before_any(
     assert not (tmp_path / "better" / "plan.json").exists()
 
 
+def test_a_budget_that_ends_while_steps_are_timed(
+    deployed: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No fault of the recipe's: its process was stopped."""
+
+    def run(pool: Workers, jobs: Sequence[Job], *, done: Callable[[Ended], None], **options: object) -> None:
+        for job in jobs:
+            done(Ended(job, -15, True, 600.0))
+
+    monkeypatch.setattr(Workers, "run", run)
+    with pytest.raises(FgvcError, match="--budget: 10 min are over before a single step is timed"):
+        run_improvement(request_for(deployed, pictures), tmp_path / "better")
+    assert "base is left out: its time was up" in (tmp_path / "better" / "improve.log").read_text()
+
+
 def test_a_flat_folder_is_exit_code_4(deployed: Path, pictures: Path, tmp_path: Path) -> None:
     with pytest.raises(NoUnseenImagesError) as error:
         look(request_for(deployed, pictures / "train"), tmp_path / "out", lambda line: None)
@@ -147,6 +177,25 @@ def test_files_that_can_not_be_improved(deployed: Path, pictures: Path, tmp_path
     (tmp_path / "file" / "bad.onnx").write_bytes(b"no file")
     with pytest.raises(FgvcError, match="not an ONNX file"):
         look(request_for(tmp_path / "file" / "bad.onnx", pictures, labels=labels), tmp_path / "c", lambda line: None)
+
+
+def test_a_file_for_images_of_any_size(deployed: Path, pictures: Path, tmp_path: Path) -> None:
+    model = onnx.load(deployed)
+    for number, axis in ((2, "height"), (3, "width")):
+        model.graph.input[0].type.tensor_type.shape.dim[number].dim_param = axis
+    file, spec = tmp_path / "open.onnx", tmp_path / "fed.json"
+    onnx.save(model, file)
+    (tmp_path / "labels.txt").write_text("\n".join(NAMES))
+    with pytest.raises(FgvcError, match="leaves height and width open.* --size HEIGHTxWIDTH"):
+        look(request_for(file, pictures), tmp_path / "better", lambda line: None)
+    spec.write_bytes(deployed.with_name("preprocess.json").read_bytes())
+    task = look(request_for(file, pictures, preprocess=spec), tmp_path / "better", lambda line: None)
+    assert task.size == (8, 8)
+    with pytest.raises(FgvcError, match=r"fed.json: makes images of 8x8 pixels, and .*open.onnx is to take 16x8"):
+        look(request_for(file, pictures, preprocess=spec, size=(16, 8)), tmp_path / "other", lambda line: None)
+    spec.write_text(spec.read_text().replace("[8, 8]", "[16, 8]"))
+    with pytest.raises(FgvcError, match="fed.json: makes images of 16x8 pixels, and .*deployed.onnx is to take 8x8"):
+        look(request_for(deployed, pictures, preprocess=spec), tmp_path / "other", lambda line: None)
 
 
 def test_labels_that_are_not_beside_the_file(deployed: Path, pictures: Path, tmp_path: Path) -> None:

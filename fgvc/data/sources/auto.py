@@ -89,7 +89,8 @@ def _folder_or_table(data: AutoData, root: Path) -> FolderData | CsvData:
         other = next(table for table, relation in zip(tables, relations, strict=True) if relation != "the same")
         raise FgvcError(
             f"{root}: has class folders ({some(folders.names, 3)}), and {other.file.name} says something else of their "
-            f"images; say which is right: data.kind=folder, or {other.setting}"
+            f"images; say which is right: data.kind=folder, or {other.setting} (or name the table itself, {other.file}, in the "
+            "folder's place)"
         )
     if len(tables) == 1:
         return _table(data, root, tables[0])

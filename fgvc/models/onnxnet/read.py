@@ -249,7 +249,9 @@ def _size(path: Path, file: Description, size: tuple[int, int] | None, resized: 
             )
         return fixed
     if size is None:
-        raise FgvcError(f"{path}: leaves height and width open: give the size that it is used with (image.size)")
+        raise FgvcError(
+            f"{path}: leaves height and width open: give the size that it is used with (image.size, --size HEIGHTxWIDTH)"
+        )
     return int(size[0]), int(size[1])
 
 
