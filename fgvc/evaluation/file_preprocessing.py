@@ -208,7 +208,7 @@ def other_labels(
 ) -> tuple[str, ...] | None:
     """A class an output, where a file that is fed as `spec` says knows the classes of these images (more than half of them,
     each by the order that the other half shows), but in another order than `stated`; None: nothing denies that."""
-    session = OnnxSession(path, classes=len(stated))
+    session = OnnxSession(path, output=spec.output, classes=len(stated))
     limit = min(IMAGES, max(COARSE, FEWEST_A_CLASS * len(index.classes)))
     try:
         pictures, labels = _pictures(index, limit)

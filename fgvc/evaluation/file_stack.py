@@ -40,12 +40,13 @@ def file_stack(
     labels: Labels | None,
     preprocess: Preprocess | None,
     size: tuple[int, int] | None = None,
+    output: str | None = None,
     seconds: float = SECONDS,
     progress: Callable[[str], None] = lambda line: None,
 ) -> FileStack:
     """Preprocessing and labels as stated (None: nothing states them), else by the file's answers about the images of `index`,
-    which are those of the folder `images`. `size`: height and width, where the file leaves them open; `seconds`: that asking may
-    take.
+    which are those of the folder `images`. `size`: height and width, where the file leaves them open; `output`: which of several;
+    `seconds`: that asking may take.
 
     Raises UndecidedError where these images do not tell how it is fed, and that matters for them; OtherOrderError where its
     answers deny the stated labels.
@@ -55,7 +56,9 @@ def file_stack(
         if shown is not None:
             raise OtherOrderError(f"the answers of {file} show its classes in another order than {labels.source} says", shown)
         return FileStack(preprocess=preprocess, labels=labels.names, search=None)
-    search = search_file(file, images, index=index, stated=labels, size=size, seconds=seconds, progress=progress)
+    search = search_file(
+        file, images, index=index, stated=labels, size=size, output=output, seconds=seconds, progress=progress
+    )
     lines = "\n".join(search.lines())
     if preprocess is None and search.search.refused:
         raise UndecidedError(f"{lines}\nthese images do not tell how the file is fed")

@@ -205,8 +205,8 @@ def _standing(task: Task, out: Path, view: View) -> NDArray[np.bool_]:
     if not file.is_file():
         path, recipe = Path(task.file), validate(Recipe, task.recipe, where=str(out))
         index = read_index(recipe, copies=False)
-        session = OnnxSession(path, classes=len(task.classes))
         spec = read_preprocess(path.with_name(PREPROCESS))
+        session = OnnxSession(path, output=spec.output)
         answers = onnx_answers(session, index, index.rows("val"), spec=spec, workers=0)
         write_atomic(file, as_json({"right": (answers.logits.argmax(1) == answers.labels).astype(int).tolist()}))
     right = np.array(read_json(file, dict)["right"], bool)

@@ -19,7 +19,7 @@ from fgvc.data.deployed import PREPROCESS
 from fgvc.data.unseen import Seen
 from fgvc.errors import FgvcError, UndecidedError
 from fgvc.evaluation.file_stack import OtherOrderError, file_stack
-from fgvc.exporting.inspect import inspect_file
+from fgvc.exporting.inspect import Inspection, inspect_file
 from fgvc.images.preprocess import described
 from fgvc.improvement.images import Divided, divide, refuse_faulty
 from fgvc.improvement.recipes import recipe_of
@@ -30,6 +30,7 @@ from fgvc.models.backbone import plain_model, pretrained_cfg, refuse_unknown
 from fgvc.models.weights import is_packaged
 from fgvc.runs import deployed
 from fgvc.runtime.bundle import read_json, read_labels, read_preprocess
+from fgvc.runtime.description import describe
 from fgvc.runtime.labels import Labels, labels_of
 from fgvc.studies.candidate import start_model
 
@@ -195,20 +196,24 @@ def _of_file(request: Request, file: Path, models: Sequence[Model], out: Path, s
     lone = not file.with_name(PREPROCESS).is_file()  # else the option says otherwise than what lies beside, and holds
     divided, inspection = _several(
         lambda: divide(request.data, deployed=True, seen=request.seen, unseen=request.unseen),
-        lambda: inspect_file(file, request.size, preprocess=request.preprocess if lone else None),
+        lambda: inspect_file(
+            file, request.size, output=_output(request, file, labels), preprocess=request.preprocess if lone else None
+        ),
     )
     if not inspection.agrees:
         raise FgvcError(f"{file}: torch's answers are not onnxruntime's, so it can't be trained here; `fgvc inspect` tells more")
     _, warnings = _several(
         lambda: _refuse_names(labels, divided, inspection.classes, file), lambda: refuse_faulty(divided)
     )
-    spec, names, doubts = _stack(request, file, labels, divided, out, say, size=inspection.size)
+    spec, names, doubts = _stack(request, file, labels, divided, out, say, inspection)
     deployed.keep_file(out, file, names)
-    kept = (out / deployed.FOLDER / file.name).absolute()
+    kept, described_file = (out / deployed.FOLDER / file.name).absolute(), describe(file, output=inspection.output)
+    spec = spec.model_copy(update={"network": described_file.record})
     write_atomic(kept.with_name(PREPROCESS), as_json(spec.model_dump(mode="json")))
     twin = next((net["name"] for net in inspection.timm["nets"]), None)
     settings = {
-        "model": {"onnx": str(kept), "weights": "deployed"},
+        "model": {"onnx": str(kept), "weights": "deployed"}
+        | ({"output": inspection.output} if described_file.others else {}),
         "image": {"size": list(spec.size)},
         "deploy": {"resize": spec.resize, "seen": "train"},
     }
@@ -246,21 +251,39 @@ def _refuse_names(labels: Labels | None, divided: Divided, outputs: int, file: P
         raise FgvcError(f"{divided.index.root}: has classes that the file does not know: {few(unknown)}")
 
 
+def _beside(request: Request, file: Path) -> Path:
+    """The file that may say how the deployed one is fed."""
+    return request.preprocess if request.preprocess is not None else file.with_name(PREPROCESS)
+
+
+def _stated(request: Request, file: Path) -> Preprocess | None:
+    beside = _beside(request, file)
+    return read_preprocess(beside) if beside.is_file() else None
+
+
+def _output(request: Request, file: Path, labels: Labels | None) -> str | None:
+    """Which of several outputs has the classes, as far as the preprocessing or the number of the labels says it."""
+    stated = _stated(request, file)
+    if stated is not None and stated.output is not None:
+        return stated.output
+    return None if labels is None else describe(file, classes=len(labels.names)).output
+
+
 def _stack(
-    request: Request, file: Path, labels: Labels | None, divided: Divided, out: Path, say: Say, *, size: tuple[int, int]
+    request: Request, file: Path, labels: Labels | None, divided: Divided, out: Path, say: Say, inspection: Inspection
 ) -> tuple[Preprocess, tuple[str, ...], tuple[str, ...]]:
     """How the file is fed, its labels, and what is in doubt of the former: as stated, else as its answers about images that do
     not judge say. Raises FgvcError where that is not plain, or where these deny what is stated."""
-    beside = request.preprocess if request.preprocess is not None else file.with_name(PREPROCESS)
-    stated = read_preprocess(beside) if beside.is_file() else None
+    stated, size = _stated(request, file), inspection.size
     if stated is not None and stated.size != size:
         ours, theirs = ("x".join(map(str, sides)) for sides in (stated.size, size))
-        raise FgvcError(f"{beside}: makes images of {ours} pixels, and {file} is to take {theirs}: mend it, or --size")
+        raise FgvcError(
+            f"{_beside(request, file)}: makes images of {ours} pixels, and {file} is to take {theirs}: mend it, or --size"
+        )
     try:
         stack = file_stack(
-            file, request.data, index=divided.unjudged, labels=labels, size=request.size,
-            preprocess=stated,
-            seconds=min(100.0, SEARCH_SHARE * request.budget),
+            file, request.data, index=divided.unjudged, labels=labels, preprocess=stated, size=request.size,
+            output=inspection.output, seconds=min(100.0, SEARCH_SHARE * request.budget),
         )  # fmt: skip
     except UndecidedError as error:
         raise UndecidedError(f"{error}: state it, --preprocess FILE") from error

@@ -125,7 +125,7 @@ class TeacherLoader:
         if not path.is_file():
             raise FgvcError(f"{path}: no such file")
         model, fed = Model(onnx=path), stack_of(path).preprocess or student
-        net = open_onnx(path, settings.size, resized=True)
+        net = open_onnx(path, settings.size, output=fed.output, resized=True)
         if net.num_classes != len(self.classes):
             change_classes(net, len(self.classes))
         size = settings.size or tuple(net.pretrained_cfg["input_size"][1:])

@@ -198,6 +198,34 @@ def test_a_file_for_images_of_any_size(deployed: Path, pictures: Path, tmp_path:
         look(request_for(deployed, pictures, preprocess=spec), tmp_path / "other", lambda line: None)
 
 
+def test_a_file_with_several_outputs(deployed: Path, pictures: Path, tmp_path: Path) -> None:
+    """The labels say how many classes there are; where two outputs have as many, the preprocessing says which it is."""
+    model = onnx.load(deployed)
+    logits, other = model.graph.output[0], onnx.ValueInfoProto()
+    other.CopyFrom(logits)
+    other.name = "probabilities"
+    model.graph.node.append(onnx.helper.make_node("Softmax", [logits.name], ["probabilities"], axis=1))
+    features = onnx.helper.make_tensor_value_info(model.graph.node[0].output[0], onnx.TensorProto.FLOAT, ["n", None, None, None])
+    model.graph.output.append(features)
+    file = tmp_path / "file" / "several.onnx"
+    file.parent.mkdir()
+    onnx.save(model, file)
+    for name in ("labels.txt", "preprocess.json"):
+        shutil.copy(deployed.with_name(name), file.parent)
+    task = look(request_for(file, pictures), tmp_path / "a", lambda line: None)
+    assert task.recipe["model"]["output"] == logits.name
+    model.graph.output.append(other)
+    onnx.save(model, file)
+    with pytest.raises(FgvcError, match="network.output in preprocess.json"):
+        look(request_for(file, pictures), tmp_path / "b", lambda line: None)
+    spec = json.loads((file.parent / "preprocess.json").read_text())
+    network = {"input": model.graph.input[0].name, "layout": "NCHW", "dtype": "float32", "output": "probabilities", "ending": "softmax"}
+    (file.parent / "preprocess.json").write_text(json.dumps(spec | {"network": network}))
+    task = look(request_for(file, pictures), tmp_path / "c", lambda line: None)
+    assert task.recipe["model"]["output"] == "probabilities"
+    assert json.loads(Path(task.file or "").with_name("preprocess.json").read_text())["network"]["output"] == "probabilities"
+
+
 def test_labels_that_are_not_beside_the_file(deployed: Path, pictures: Path, tmp_path: Path) -> None:
     (tmp_path / "file").mkdir()
     shutil.copy(deployed, tmp_path / "file" / "net.onnx")
