@@ -22,6 +22,14 @@ class OtherOrderError(FgvcError):
         self.labels = labels  # a class an output, UNASSIGNED where the images have none
 
 
+class UndecidedStackError(UndecidedError):
+    """The images do not tell how the file is fed; `spec` is the likeliest."""
+
+    def __init__(self, message: str, spec: Preprocess) -> None:
+        super().__init__(message)
+        self.spec = spec
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileStack:
     """Preprocessing and labels of a deployed file."""
@@ -48,7 +56,7 @@ def file_stack(
     which are those of the folder `images`. `size`: height and width, where the file leaves them open; `output`: which of several;
     `seconds`: that asking may take.
 
-    Raises UndecidedError where these images do not tell how it is fed, and that matters for them; OtherOrderError where its
+    Raises UndecidedStackError where these images do not tell how it is fed, and that matters for them; OtherOrderError where its
     answers deny the stated labels.
     """
     if labels is not None and preprocess is not None:
@@ -61,7 +69,7 @@ def file_stack(
     )
     lines = "\n".join(search.lines())
     if preprocess is None and search.search.refused:
-        raise UndecidedError(f"{lines}\nthese images do not tell how the file is fed")
+        raise UndecidedStackError(f"{lines}\nthese images do not tell how the file is fed", search.spec)
     if not search.order_holds:
         raise OtherOrderError(lines, search.labels)
     if UNASSIGNED in search.labels:

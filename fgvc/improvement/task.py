@@ -18,7 +18,7 @@ from fgvc.config.shipped import recipe_file
 from fgvc.data.deployed import PREPROCESS
 from fgvc.data.unseen import Seen
 from fgvc.errors import FgvcError, UndecidedError
-from fgvc.evaluation.file_stack import OtherOrderError, file_stack
+from fgvc.evaluation.file_stack import OtherOrderError, UndecidedStackError, file_stack
 from fgvc.exporting.inspect import Inspection, inspect_file
 from fgvc.images.preprocess import described
 from fgvc.improvement.images import Divided, divide, refuse_faulty
@@ -285,8 +285,13 @@ def _stack(
             file, request.data, index=divided.unjudged, labels=labels, preprocess=stated, size=request.size,
             output=inspection.output, seconds=min(100.0, SEARCH_SHARE * request.budget),
         )  # fmt: skip
-    except UndecidedError as error:
-        raise UndecidedError(f"{error}: state it, --preprocess FILE") from error
+    except UndecidedStackError as error:
+        likeliest = out / "preprocess.found.json"
+        make_folder(out)
+        write_atomic(likeliest, as_json(error.spec.model_dump(mode="json")))
+        raise UndecidedError(
+            f"{error}\n{likeliest} has the likeliest; look at it, mend it where it is wrong, and give it as --preprocess"
+        ) from error
     except OtherOrderError as error:
         found = out / "labels.found.txt"
         make_folder(out)

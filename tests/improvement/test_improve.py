@@ -16,7 +16,8 @@ from PIL import Image
 
 from fgvc import api
 from fgvc.cli.app import main
-from fgvc.errors import FgvcError, NoUnseenImagesError
+from fgvc.errors import FgvcError, NoUnseenImagesError, UndecidedError
+from fgvc.evaluation.file_stack import FileStack, UndecidedStackError
 from fgvc.evaluation.side import open_sides
 from fgvc.exporting.deployed import compare_written
 from fgvc.improvement.improve import _claimed, run_improvement
@@ -25,6 +26,8 @@ from fgvc.improvement.rungs import right_on_choose
 from fgvc.improvement.side_by_side import Ended, Job, Workers
 from fgvc.improvement.task import Request, look
 from fgvc.improvement.view import View
+from fgvc.runtime.bundle import read_preprocess
+from fgvc.runtime.description import describe
 from tests.improvement.conftest import NAMES, planned, request_for
 from tests.trained import copied
 
@@ -219,8 +222,8 @@ def test_a_file_with_several_outputs(deployed: Path, pictures: Path, tmp_path: P
     with pytest.raises(FgvcError, match="network.output in preprocess.json"):
         look(request_for(file, pictures), tmp_path / "b", lambda line: None)
     spec = json.loads((file.parent / "preprocess.json").read_text())
-    network = {"input": model.graph.input[0].name, "layout": "NCHW", "dtype": "float32", "output": "probabilities", "ending": "softmax"}
-    (file.parent / "preprocess.json").write_text(json.dumps(spec | {"network": network}))
+    spec["network"] = describe(file, output="probabilities").record.model_dump(mode="json")
+    (file.parent / "preprocess.json").write_text(json.dumps(spec))
     task = look(request_for(file, pictures), tmp_path / "c", lambda line: None)
     assert task.recipe["model"]["output"] == "probabilities"
     assert json.loads(Path(task.file or "").with_name("preprocess.json").read_text())["network"]["output"] == "probabilities"
@@ -249,6 +252,21 @@ def test_labels_in_another_order_than_the_answers(better: Path, pictures: Path, 
     with pytest.raises(FgvcError, match="another order than .*labels.json says"):
         look(request_for(tmp_path / "file" / "model.onnx", pictures), tmp_path / "out", lambda line: None)
     assert (tmp_path / "out" / "labels.found.txt").read_text().split() == list(NAMES)
+
+
+def test_what_the_images_leave_open_is_there_to_be_mended(
+    deployed: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = read_preprocess(deployed.with_name("preprocess.json"))
+
+    def undecided(*args: object, **options: object) -> FileStack:
+        raise UndecidedStackError("these images do not tell", spec)
+
+    monkeypatch.setattr("fgvc.improvement.task.file_stack", undecided)
+    found = tmp_path / "out" / "preprocess.found.json"
+    with pytest.raises(UndecidedError, match=f"{found} has the likeliest.*--preprocess"):
+        look(request_for(deployed, pictures), tmp_path / "out", lambda line: None)
+    assert read_preprocess(found) == spec
 
 
 def test_the_command_on_the_page_asks_for_the_same(deployed: Path, pictures: Path) -> None:
