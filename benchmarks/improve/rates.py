@@ -17,6 +17,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
@@ -45,9 +46,8 @@ def main() -> None:
         return _print(given.table)
     task = look(Request(target=given.file, data=given.data, budget=600, labels=given.labels), given.work, print)
     for rate in given.rate or RATES:
-        rows = list(csv.DictReader(given.table.open())) if given.table.exists() else []
         name = {"file": Path(given.file).name, "set": given.data.name, "rate": rate, "epochs": str(given.epochs)}
-        if any(name.items() <= row.items() for row in rows):
+        if any(name.items() <= row.items() for row in _rows(given.table)):
             continue
         tree = json.loads(json.dumps(task.recipe))
         merge(tree, {"optim.lr": float(rate), "train.epochs": given.epochs, "train.validate_every": given.epochs})
@@ -62,10 +62,15 @@ def main() -> None:
             "learned": task.counts["train"], "images": len(right[0]), "way": " ".join(f"{100 * r.mean():.2f}" for r in right),
             "right": " ".join(map(pack, right)),
         }  # fmt: skip
+        rows = [*_rows(given.table), row]  # another process may have added some
         with given.table.open("w", newline="") as stream:
             writer = csv.DictWriter(stream, FIELDS)
             writer.writeheader()
-            writer.writerows([*rows, row])
+            writer.writerows(rows)
+
+
+def _rows(table: Path) -> list[dict[str, Any]]:
+    return list(csv.DictReader(table.open())) if table.exists() else []
 
 
 def _print(table: Path) -> None:
@@ -74,7 +79,7 @@ def _print(table: Path) -> None:
         + "---|" * 8
     )
     firsts: dict[tuple[str, str], np.ndarray] = {}
-    for row in csv.DictReader(table.open()):
+    for row in _rows(table):
         right = [unpack(bits, int(row["images"])) for bits in row["right"].split()]
         best = max(range(len(right)), key=lambda at: right[at].mean())
         first = firsts.setdefault((row["file"], row["set"]), right[best])
