@@ -84,8 +84,8 @@ class Plan:
 
 @cache
 def portfolio() -> tuple[Mapping[str, Any], ...]:
-    """Recipes that are tried beside the plain one, in this order: `portfolio.json`. That they gain over the present base is not
-    shown yet (benchmarks/base/README.md), which is why each must win."""
+    """Recipes that are tried beside the plain one, in this order: `portfolio.json`, which benchmarks/improve/portfolio.py writes
+    from the tables of results. Their gains there are means, so each must win."""
     return tuple(json.loads(Path(__file__).with_name("portfolio.json").read_text(encoding="utf-8")))
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import runpy
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -155,3 +157,11 @@ def test_budgets(text: str, seconds: float) -> None:
 def test_bad_budgets_are_refused(text: str) -> None:
     with pytest.raises(FgvcError, match="--budget"):
         seconds_of(text)
+
+
+def test_the_portfolio_is_what_the_tables_of_results_say() -> None:
+    script = Path(__file__).parents[2] / "benchmarks" / "improve" / "portfolio.py"
+    made = runpy.run_path(str(script))["entries"]()
+    assert made == list(portfolio())
+    for entry in made:
+        assert min(entry["gained"]) > 0
