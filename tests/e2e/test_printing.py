@@ -91,7 +91,7 @@ def test_a_verb_names_the_next_command(
 def test_shells_complete_recipes_and_settings(shell: str) -> None:
     from fgvc.cli.option import complete_recipe, complete_setting
 
-    assert complete_recipe("any/") == ["any/fast", "any/plain"]
+    assert complete_recipe("any/") == ["any/best", "any/fast", "any/good", "any/plain"]
     assert "train.epochs=" in complete_setting("train.")
     assert complete_setting("nothing.") == []
     with pytest.MonkeyPatch.context() as patch:
