@@ -193,8 +193,9 @@ def plan_ladder(
 def _ladders(task: Task, timings: Mapping[str, Timing]) -> list[tuple[tuple[str, ...], int]]:
     """Ladders from the richest to the plainest: rungs, and epochs that each needs.
 
-    With fewer than six epochs another rung costs more than it gives: on the birds file the plain recipe alone had, at its best share, 76.9 %
-    of the images that choose after 3 epochs, 79.3 after 6 and 79.5 after 9; taught, 78.3 after 3 (docs/improve.md)."""
+    With fewer than six epochs another rung costs more than it gives: on the birds file the plain recipe alone had, at its best
+    share, 76.9 % of the images that choose after 3 epochs, 79.3 after 6 and 79.5 after 9; taught, 78.3 after 3 (docs/improve.md).
+    """
     known = [entry["name"] for entry in portfolio() if entry["name"] in timings]
     if not task.chooses:
         return [((FINAL, PLAIN), 1)]
