@@ -124,12 +124,12 @@ class TeacherLoader:
         path = settings.onnx.expanduser()
         if not path.is_file():
             raise FgvcError(f"{path}: no such file")
-        model, fed = Model(onnx=path), stack_of(path).preprocess or student
-        net = open_onnx(path, settings.size, output=fed.output, resized=True)
+        model, stated = Model(onnx=path), stack_of(path).preprocess
+        net = open_onnx(path, settings.size, output=None if stated is None else stated.output, resized=True)
         if net.num_classes != len(self.classes):
             change_classes(net, len(self.classes))
         size = settings.size or tuple(net.pretrained_cfg["input_size"][1:])
-        same = {key: getattr(fed, key) for key in ("mean", "std", "input_range", "channel_order")}
+        same = {key: getattr(stated or student, key) for key in ("mean", "std", "input_range", "channel_order")}
         own = {key: value for key in ("mean", "std") if (value := getattr(settings, key)) is not None}
         spec = student.model_copy(update=same | own | {"size": size})
         return _Loaded(net, model, load_weights(net, model), spec)

@@ -28,10 +28,13 @@ from fgvc.runs.distributed import process_group
 from fgvc.runs.images import read_index
 from fgvc.studies.identity import digest
 from fgvc.studies.speed import bench_each
+from fgvc.techniques.distill.settings import ProbeTeacher
 from fgvc.techniques.distill.teacher import Teacher
+from fgvc.techniques.plan import Attachments
 from fgvc.training import trainer
 from fgvc.training.session import open_session
 from fgvc.training.start import fit_teachers
+from fgvc.training.teachers import TeacherLoader
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 
@@ -371,6 +374,17 @@ def test_a_deployed_file_s_net_teaches_at_a_larger_size(tmp_path: Path, recipe_t
     trainer.train(one.model_copy(update={"train": one.train.model_copy(update={"epochs": 2})}), run)
     (tmp_path / "preprocess.json").unlink()  # then it is fed as the run is
     assert digest(one) != before
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the older exporter
+def test_a_teacher_s_output_is_not_the_student_s(tmp_path: Path) -> None:
+    """Fed as the student is, where nothing lies beside its file; but its outputs have their own names."""
+    file, network = tmp_path / "teacher.onnx", {"output": "students"}
+    net = timm.create_model("test_efficientnet", num_classes=7).eval()
+    torch.onnx.export(net, (torch.zeros(1, 3, 32, 32),), file, dynamo=False)
+    student = Preprocess.model_validate({"size": (32, 32), "mean": MEAN, "std": STD, "network": network})
+    loader = TeacherLoader(classes=("a", "b", "c"), device=torch.device("cpu"), averaged=False)
+    assert loader(ProbeTeacher(kind="probe", onnx=file), Attachments(net=net, size=(32, 32)), student).size == (32, 32)
 
 
 @pytest.mark.parametrize(
