@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fgvc.evaluation.paired import gain_interval
+from fgvc.evaluation.paired import paired_gain
 from fgvc.io.bits import unpack
 
 
@@ -42,9 +42,8 @@ def _right(rows: list[dict[str, str]], key: str) -> np.ndarray:
 
 
 def gain(floor: np.ndarray, right: np.ndarray) -> str:
-    wins, losses = int((right & ~floor).sum()), int((floor & ~right).sum())
-    low, high = gain_interval(wins, losses, len(floor))
-    return f"{100 * (wins - losses) / len(floor):+.2f} ({100 * low:+.1f} to {100 * high:+.1f})"
+    points, low, high = (100 * share for share in paired_gain(floor, right))
+    return f"{points:+.2f} ({low:+.1f} to {high:+.1f})"
 
 
 if __name__ == "__main__":

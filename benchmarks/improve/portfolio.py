@@ -33,16 +33,16 @@ def measured(table: Path) -> dict[str, tuple[float, str]]:
     arm, right, images, settings = TABLES[table]
     with table.open(newline="") as stream:
         rows = list(csv.DictReader(line for line in stream if not line.startswith("#")))
-    top1 = {
-        (row[arm], row.get("seed", row.get("fold"))): unpack(row[right], int(float(row[images]))).mean() for row in rows
-    }
-    gains = {}
+
+    def share(row: dict[str, str]) -> float:
+        return float(unpack(row[right], int(float(row[images]))).mean())
+
+    plain = {row.get("seed", row.get("fold")): share(row) for row in rows if row[arm] == BASE}
+    gains: dict[str, list[float]] = {}
     for row in rows:
-        pairs = [
-            value - top1[BASE, key] for (name, key), value in top1.items() if name == row[arm] and (BASE, key) in top1
-        ]
-        gains[row[arm]] = 100 * float(np.mean(pairs)), row[settings]
-    return gains
+        if (key := row.get("seed", row.get("fold"))) in plain:
+            gains.setdefault(row[arm], []).append(100 * (share(row) - plain[key]))
+    return {row[arm]: (float(np.mean(gains[row[arm]])), row[settings]) for row in rows if row[arm] in gains}
 
 
 def tree_of(settings: str) -> dict[str, Any]:

@@ -11,8 +11,8 @@ images were right. Rows that are there are left alone. Without a file the table 
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
-import json
 import os
 import subprocess
 import sys
@@ -24,7 +24,7 @@ import yaml
 
 from fgvc import api
 from fgvc.config.loading import merge
-from fgvc.evaluation.paired import gain_interval
+from fgvc.evaluation.paired import paired_gain
 from fgvc.improvement.task import Request, look
 from fgvc.io.bits import pack, unpack
 
@@ -49,7 +49,7 @@ def main() -> None:
         name = {"file": Path(given.file).name, "set": given.data.name, "rate": rate, "epochs": str(given.epochs)}
         if any(name.items() <= row.items() for row in _rows(given.table)):
             continue
-        tree = json.loads(json.dumps(task.recipe))
+        tree = copy.deepcopy(dict(task.recipe))
         merge(tree, {"optim.lr": float(rate), "train.epochs": given.epochs, "train.validate_every": given.epochs})
         recipe = given.work / f"rate-{rate}.yaml"
         recipe.write_text(yaml.safe_dump(tree, sort_keys=False))
@@ -89,9 +89,8 @@ def _print(table: Path) -> None:
 
 
 def _gain(first: np.ndarray, right: np.ndarray) -> str:
-    wins, losses = int((right & ~first).sum()), int((first & ~right).sum())
-    low, high = gain_interval(wins, losses, len(first))
-    return f"{100 * (wins - losses) / len(first):+.2f} ({100 * low:+.1f} to {100 * high:+.1f})"
+    points, low, high = (100 * share for share in paired_gain(first, right))
+    return f"{points:+.2f} ({low:+.1f} to {high:+.1f})"
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fgvc.evaluation.paired import gain_interval
+from fgvc.evaluation.paired import paired_gain
 from fgvc.runtime.bundle import load_bundle
 
 
@@ -39,9 +39,7 @@ def main() -> None:
     for who, table in tables.items():
         assert [row["path"] for row in table] == paths, who
         right = np.array([row["answer"] for row in table]) == labels
-        low, high = gain_interval(int((ours & ~right).sum()), int((right & ~ours).sum()), len(ours))
-        gain = ours.mean() - right.mean()
-        points = [f"{100 * value:+.2f}" for value in (gain, low, high)]
+        points = [f"{100 * share:+.2f}" for share in paired_gain(right, ours)]
         writer.writerow([who, table[0]["seconds"], len(right), f"{100 * right.mean():.2f}", *points])
 
 

@@ -42,7 +42,8 @@ def recipe_file(name: str) -> Path:
 
 def study_file(name: str) -> Path:
     """The file of a study, by path or id. Raises FgvcError with the nearest id or file, or all ids."""
-    return _file(name, studies(), "study", "a study's id", f"there are {', '.join(studies())}")
+    files = studies()
+    return _file(name, files, "study", "a study's id", f"there are {', '.join(files)}")
 
 
 def _file(name: str, files: Mapping[str, Path], kind: str, ids: str, otherwise: str) -> Path:

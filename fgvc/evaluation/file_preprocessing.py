@@ -25,7 +25,6 @@ from fgvc.evaluation.preprocessing import (
     COARSE,
     FEWEST_A_CLASS,
     IMAGES,
-    MUST_BE_DECIDED,
     NORMALISATIONS,
     SECONDS,
     Alternative,
@@ -261,5 +260,5 @@ def _compared(other: Alternative, best: object) -> str:
     )
     if other.decided:
         return shown
-    word = "UNDECIDED" if other.factor in MUST_BE_DECIDED else "the likelier is taken"
+    word = "UNDECIDED" if other.undecided else "the likelier is taken"
     return f"{shown}: {word}; the other could be worth {100 * other.worth:.1f} points at most"

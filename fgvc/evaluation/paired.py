@@ -115,6 +115,12 @@ def gain_interval(wins: float, losses: float, images: float, *, level: float = L
     return float(low), float(high)
 
 
+def paired_gain(old: Truths, new: Truths, *, level: float = LEVEL) -> tuple[float, float, float]:
+    """Share of the same images (N,) that `new` names rightly less that of `old`, and its interval (see `gain_interval`)."""
+    wins, losses = int((new & ~old).sum()), int((old & ~new).sum())
+    return (wins - losses) / len(new), *gain_interval(wins, losses, len(new), level=level)
+
+
 def wilson(share: float, count: float) -> tuple[float, float]:
     """95 % interval of a share of `count` images (Wilson 1927): it stays within [0,1] and is right near its ends."""
     z = 1.959964

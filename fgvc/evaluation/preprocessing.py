@@ -24,7 +24,7 @@ from scipy.stats import binomtest
 from fgvc.config.images import Preprocess, Triple
 from fgvc.errors import FgvcError
 from fgvc.evaluation.assignment import Order, cross_scored, output_order
-from fgvc.evaluation.paired import LEVEL, gain_interval, mean_interval
+from fgvc.evaluation.paired import LEVEL, mean_interval, paired_gain
 from fgvc.images.preprocess import fit, normalise
 
 LogProbabilities = Callable[[NDArray[np.float32]], NDArray[np.float64]]
@@ -105,10 +105,14 @@ class Alternative:
         return self.low > 0
 
     @property
+    def undecided(self) -> bool:
+        """Whether the images do not tell it from the best, of what can't be left to chance."""
+        return self.factor in MUST_BE_DECIDED and not self.decided
+
+    @property
     def matters(self) -> bool:
-        """Whether it is open, of what can't be left to chance, and may be worth something: not where pictures are square, or
-        grey, and both are the same."""
-        return self.factor in MUST_BE_DECIDED and not self.decided and self.worth > LITTLE
+        """Whether it is undecided and may be worth something: not where pictures are square, or grey, and both are the same."""
+        return self.undecided and self.worth > LITTLE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,8 +131,8 @@ class Search:
 
     @property
     def undecided(self) -> tuple[Alternative, ...]:
-        """Alternatives that the images do not tell from the best, of what can't be left to chance."""
-        return tuple(a for a in self.alternatives if a.factor in MUST_BE_DECIDED and not a.decided)
+        """Alternatives that are undecided."""
+        return tuple(a for a in self.alternatives if a.undecided)
 
     @property
     def refused(self) -> tuple[Alternative, ...]:
@@ -312,7 +316,7 @@ def _paired(factor: Factor, best: Trial, other: Trial) -> Alternative:
     n = min(len(best.losses), len(other.losses))
     low, high = mean_interval(other.losses[:n] - best.losses[:n])
     ours, theirs = best.right[:n], other.right[:n]
-    _, worth = gain_interval(int((theirs & ~ours).sum()), int((ours & ~theirs).sum()), n)
+    *_, worth = paired_gain(ours, theirs)
     alike = np.array_equal(best.answers[:n], other.answers[:n])
     return Alternative(factor=factor, trial=other, low=low, high=high, worth=0.0 if alike else max(0.0, worth))
 

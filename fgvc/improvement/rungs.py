@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from fgvc.api import interpolate
 from fgvc.errors import FgvcError
-from fgvc.evaluation.paired import gain_interval
+from fgvc.evaluation.paired import paired_gain
 from fgvc.improvement.clock import Clock
 from fgvc.improvement.ladder import (
     BASE,
@@ -336,7 +336,7 @@ class Ladder:
 
 def wins(new: NDArray[np.bool_], old: NDArray[np.bool_]) -> bool:
     """Whether a more costly rung is better than a simpler one on the same images (N,), by more than one standard error."""
-    low, _ = gain_interval(int((new & ~old).sum()), int((old & ~new).sum()), len(new), level=LEVEL)
+    _, low, _ = paired_gain(old, new, level=LEVEL)
     return low > 0
 
 

@@ -193,27 +193,25 @@ def _of_file(request: Request, file: Path, models: Sequence[Model], out: Path, s
     if request.labels is not None and stated is not None and read_labels(request.labels) != stated.names:
         raise FgvcError(f"--labels {request.labels}: {stated.source} says otherwise; leave the option out, or mend that")
     labels = Labels(read_labels(request.labels), f"--labels {request.labels}") if request.labels is not None else stated
-    lone = not file.with_name(PREPROCESS).is_file()  # else the option says otherwise than what lies beside, and holds
-    divided, inspection = _several(
+    divided, (fed, inspection) = _several(
         lambda: divide(request.data, deployed=True, seen=request.seen, unseen=request.unseen),
-        lambda: inspect_file(
-            file, request.size, output=_output(request, file, labels), preprocess=request.preprocess if lone else None
-        ),
+        lambda: _inspected(request, file, labels),
     )
     if not inspection.agrees:
         raise FgvcError(f"{file}: torch's answers are not onnxruntime's, so it can't be trained here; `fgvc inspect` tells more")
     _, warnings = _several(
         lambda: _refuse_names(labels, divided, inspection.classes, file), lambda: refuse_faulty(divided)
     )
-    spec, names, doubts = _stack(request, file, labels, divided, out, say, inspection)
+    spec, names, doubts = _stack(request, file, labels, fed, inspection, divided, out, say)
     deployed.keep_file(out, file, names)
-    kept, described_file = (out / deployed.FOLDER / file.name).absolute(), describe(file, output=inspection.output)
-    spec = spec.model_copy(update={"network": described_file.record})
+    kept = (out / deployed.FOLDER / file.name).absolute()
+    description = describe(file, output=inspection.output)
+    spec = spec.model_copy(update={"network": description.record})
     write_atomic(kept.with_name(PREPROCESS), as_json(spec.model_dump(mode="json")))
     twin = next((net["name"] for net in inspection.timm["nets"]), None)
     settings = {
         "model": {"onnx": str(kept), "weights": "deployed"}
-        | ({"output": inspection.output} if described_file.others else {}),
+        | ({"output": inspection.output} if description.others else {}),
         "image": {"size": list(spec.size)},
         "deploy": {"resize": spec.resize, "seen": "train"},
     }
@@ -256,48 +254,49 @@ def _beside(request: Request, file: Path) -> Path:
     return request.preprocess if request.preprocess is not None else file.with_name(PREPROCESS)
 
 
-def _stated(request: Request, file: Path) -> Preprocess | None:
-    beside = _beside(request, file)
-    return read_preprocess(beside) if beside.is_file() else None
+def _inspected(request: Request, file: Path, labels: Labels | None) -> tuple[Preprocess | None, Inspection]:
+    """How the file is fed where that is stated, and what it is. Which of several outputs has the classes is told by the former,
+    or by the number of the labels."""
+    fed = read_preprocess(beside) if (beside := _beside(request, file)).is_file() else None
+    output = None if fed is None else fed.output
+    if output is None and labels is not None:
+        output = describe(file, classes=len(labels.names)).output
+    lone = not file.with_name(PREPROCESS).is_file()  # else the option says otherwise than what lies beside, and holds
+    return fed, inspect_file(file, request.size, output=output, preprocess=request.preprocess if lone else None)
 
 
-def _output(request: Request, file: Path, labels: Labels | None) -> str | None:
-    """Which of several outputs has the classes, as far as the preprocessing or the number of the labels says it."""
-    stated = _stated(request, file)
-    if stated is not None and stated.output is not None:
-        return stated.output
-    return None if labels is None else describe(file, classes=len(labels.names)).output
+def _left(file: Path, text: str) -> Path:
+    """A file for the user to look at and to mend."""
+    make_folder(file.parent)
+    write_atomic(file, text)
+    return file
 
 
 def _stack(
-    request: Request, file: Path, labels: Labels | None, divided: Divided, out: Path, say: Say, inspection: Inspection
+    request: Request, file: Path, labels: Labels | None, fed: Preprocess | None, inspection: Inspection, divided: Divided,
+    out: Path, say: Say,
 ) -> tuple[Preprocess, tuple[str, ...], tuple[str, ...]]:
-    """How the file is fed, its labels, and what is in doubt of the former: as stated, else as its answers about images that do
-    not judge say. Raises FgvcError where that is not plain, or where these deny what is stated."""
-    stated, size = _stated(request, file), inspection.size
-    if stated is not None and stated.size != size:
-        ours, theirs = ("x".join(map(str, sides)) for sides in (stated.size, size))
+    """How the file is fed, its labels, and what is in doubt of the former: as stated (`fed`, `labels`), else as its answers about
+    images that do not judge say. Raises FgvcError where that is not plain, or where these deny what is stated."""
+    if fed is not None and fed.size != inspection.size:
+        ours, theirs = ("x".join(map(str, sides)) for sides in (fed.size, inspection.size))
         raise FgvcError(
             f"{_beside(request, file)}: makes images of {ours} pixels, and {file} is to take {theirs}: mend it, or --size"
         )
     try:
         stack = file_stack(
-            file, request.data, index=divided.unjudged, labels=labels, preprocess=stated, size=request.size,
+            file, request.data, index=divided.unjudged, labels=labels, preprocess=fed, size=request.size,
             output=inspection.output, seconds=min(100.0, SEARCH_SHARE * request.budget),
         )  # fmt: skip
     except UndecidedStackError as error:
-        likeliest = out / "preprocess.found.json"
-        make_folder(out)
-        write_atomic(likeliest, as_json(error.spec.model_dump(mode="json")))
+        likeliest = _left(out / "preprocess.found.json", as_json(error.spec.model_dump(mode="json")))
         raise UndecidedError(
             f"{error}\n{likeliest} has the likeliest; look at it, mend it where it is wrong, and give it as --preprocess"
         ) from error
     except OtherOrderError as error:
-        found = out / "labels.found.txt"
-        make_folder(out)
-        write_atomic(found, "".join(f"{name}\n" for name in error.labels))
+        likeliest = _left(out / "labels.found.txt", "".join(f"{name}\n" for name in error.labels))
         advice = "give it as --labels" if labels is None or request.labels is not None else f"mend {labels.source} by it"
-        raise FgvcError(f"{error}\n{found} has the likeliest order of the labels; look at it, and {advice}") from error
+        raise FgvcError(f"{error}\n{likeliest} has the likeliest order of the labels; look at it, and {advice}") from error
     for line in [] if stack.search is None else stack.search.lines():
         say(line)
     return stack.preprocess, stack.labels, stack.doubts

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 
 from fgvc.errors import FgvcError
-from fgvc.evaluation.paired import Gate, Paired, compare_predictions, gain_interval
+from fgvc.evaluation.paired import Gate, Paired, compare_predictions, gain_interval, paired_gain
 
 
 def table(both: int, lost: int, won: int, neither: int) -> Paired:
@@ -180,3 +180,11 @@ def test_senseless_gates_are_refused(flips: str | None, gain: float | None) -> N
 def test_nothing_to_compare() -> None:
     with pytest.raises(FgvcError, match="nothing to compare"):
         compare_predictions(np.empty(0), np.empty(0), np.empty(0))
+
+
+def test_a_gain_is_of_pairs_and_of_the_new_one() -> None:
+    old, new = np.array([1, 1, 0, 0, 1, 0, 1, 1], bool), np.array([1, 0, 1, 1, 1, 0, 1, 1], bool)
+    gain, low, high = paired_gain(old, new)
+    assert gain == pytest.approx(1 / 8)  # two won, one lost
+    assert (low, high) == gain_interval(2, 1, 8)
+    assert paired_gain(new, old) == pytest.approx((-gain, -high, -low))
