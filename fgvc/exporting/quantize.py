@@ -27,6 +27,7 @@ from onnxruntime.quantization.onnx_model import ONNXModel
 from onnxruntime.quantization.quant_utils import add_pre_process_metadata
 
 from fgvc.errors import FgvcError
+from fgvc.exporting.fused import unfused
 from fgvc.runtime.description import describe
 from fgvc.runtime.engine import feed
 
@@ -81,6 +82,7 @@ def quantise(
     quantises a float convolution between two others itself, with one scale for all channels. Inputs and outputs are those
     of `model`. Raises FgvcError for what onnxruntime can't quantise.
     """
+    model = unfused(model)
     if (opset := opset_of(model)) < LOWEST_OPSET:
         raise FgvcError(
             f"int8: the graph is of opset {opset}; a scale for each channel needs opset {LOWEST_OPSET} or newer"
@@ -126,6 +128,7 @@ def halve(model: onnx.ModelProto) -> onnx.ModelProto:
     """Convert `model` to float16, its inputs and outputs in float32 as before. Raises FgvcError for what can't be converted."""
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
+    model = unfused(model)
     with _quiet():
         try:
             converted = convert_float_to_float16(copy.deepcopy(model), keep_io_types=True)

@@ -1,0 +1,63 @@
+"""Convolutions that onnxruntime's optimiser fused with what follows, taken apart again: the tools for int8 and fp16 know none."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+from fgvc.errors import FgvcError
+
+FUSED, DOMAIN = "FusedConv", "com.microsoft"
+NUMBERS = {"LeakyRelu": ("alpha",), "HardSigmoid": ("alpha", "beta")}  # of `activation_params`, by their own names
+ACTIVATIONS = ("Relu", "Sigmoid", "Tanh", "Clip", *NUMBERS)
+
+
+def unfused(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The same function with each FusedConv as Conv, Add where it has a summand, and activation; `model` itself where there is
+    none. Raises FgvcError for an activation that is not known."""
+    if not any(_is_fused(node) for node in model.graph.node):
+        return model
+    model = copy.deepcopy(model)
+    nodes = [part for node in model.graph.node for part in (_parts(node, model.graph) if _is_fused(node) else [node])]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    return model
+
+
+def _is_fused(node: onnx.NodeProto) -> bool:
+    return node.op_type == FUSED and node.domain == DOMAIN
+
+
+def _parts(node: onnx.NodeProto, graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    given = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+    kind, numbers = given.get("activation", b"").decode(), [float(x) for x in given.get("activation_params", ())]
+    if kind not in ("", *ACTIVATIONS):
+        raise FgvcError(f"{FUSED} {node.name}: its activation is {kind!r}, which is not known here")
+    name, out = node.name or node.output[0], node.output[0]
+    summand = node.input[3] if len(node.input) > 3 else ""
+    conv = onnx.NodeProto()
+    conv.CopyFrom(node)
+    conv.op_type, conv.domain, conv.name = "Conv", "", name
+    kept = [attribute for attribute in node.attribute if not attribute.name.startswith("activation")]
+    del conv.attribute[:], conv.input[3:]
+    conv.attribute.extend(kept)
+    if kind or summand:
+        conv.output[0] = f"{out}/conv"
+    yield conv
+    if summand:
+        last = f"{out}/sum" if kind else out
+        yield onnx.helper.make_node("Add", [conv.output[0], summand], [last], f"{name}/sum")
+    if kind:
+        inputs = [f"{out}/sum" if summand else conv.output[0]]
+        if kind == "Clip":
+            for side, number in zip(("min", "max"), numbers, strict=True):
+                graph.initializer.append(numpy_helper.from_array(np.array(number, np.float32), f"{out}/{side}"))
+                inputs.append(f"{out}/{side}")
+        last_node = onnx.helper.make_node(kind, inputs, [out], f"{name}/{kind.lower()}")
+        own = zip(NUMBERS.get(kind, ()), numbers, strict=False)
+        last_node.attribute.extend(onnx.helper.make_attribute(key, number) for key, number in own)
+        yield last_node
