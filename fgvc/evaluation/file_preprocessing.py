@@ -29,6 +29,7 @@ from fgvc.evaluation.preprocessing import (
     SECONDS,
     Alternative,
     Search,
+    likelier,
     sample_rows,
     search,
 )
@@ -36,6 +37,7 @@ from fgvc.images.preprocess import described, preprocess
 from fgvc.io.display import Display, table
 from fgvc.io.files import StrPath
 from fgvc.io.names import few, nearest
+from fgvc.runtime.description import Description
 from fgvc.runtime.engine import OnnxSession
 from fgvc.runtime.labels import Labels, labels_of
 
@@ -67,7 +69,7 @@ class FileSearch(Display):
     def labels(self) -> tuple[str, ...]:
         """A class an output, as the answers show them; where they show none as stated, or UNASSIGNED."""
         order = self.search.order
-        return order.stated if self.order_holds and order.stated else _shown(order)
+        return order.stated if self.order_holds and order.stated else shown_labels(order)
 
     @property
     def doubts(self) -> tuple[str, ...]:
@@ -185,14 +187,13 @@ def search_file(
     pictures, numbers = _pictures(index, limit)
     result = search(
         lambda x: _log_probabilities(session, x), size, pictures, numbers, index.classes, stated=names,
-        normalisations=(BYTES,) if file.dtype == "uint8" else tuple(NORMALISATIONS), given=given, seconds=seconds,
-        progress=progress,
+        normalisations=_normalisations(file), given=given, seconds=seconds, progress=progress,
     )  # fmt: skip
     spec = result.best.spec.model_copy(update={"network": file.record})
     return FileSearch(path=path, spec=spec, search=result, labels_source=source)
 
 
-def _shown(order: Order) -> tuple[str, ...]:
+def shown_labels(order: Order) -> tuple[str, ...]:
     """A class an output, as the answers show them; where they show none as stated, or UNASSIGNED."""
     stated = order.stated or (UNASSIGNED,) * len(order.assigned)
     free = [name for name in stated if name not in order.assigned]
@@ -202,12 +203,11 @@ def _shown(order: Order) -> tuple[str, ...]:
     )
 
 
-def other_labels(
-    path: Path, index: ImageIndex, *, stated: Sequence[str], spec: Preprocess
-) -> tuple[str, ...] | None:
-    """A class an output, where a file that is fed as `spec` says knows the classes of these images (more than half of them,
-    each by the order that the other half shows), but in another order than `stated`; None: nothing denies that."""
-    session = OnnxSession(path, output=spec.output, classes=len(stated))
+def known_order(path: Path, index: ImageIndex, *, spec: Preprocess, stated: Sequence[str] = ()) -> Order | None:
+    """Which output of a file that is fed as `spec` says is of which class, by its answers about these images; None: it does not
+    know them (more than half, each by the order that the other half shows). `stated`: as of `Order`; where none are, the sorted
+    classes if there are as many as outputs."""
+    session = OnnxSession(path, output=spec.output, classes=len(stated) or None)
     limit = min(IMAGES, max(COARSE, FEWEST_A_CLASS * len(index.classes)))
     try:
         pictures, labels = _pictures(index, limit)
@@ -217,9 +217,36 @@ def other_labels(
         [_log_probabilities(session, np.stack([preprocess(p, spec) for p in pictures[at : at + BATCH]]))
          for at in range(0, len(pictures), BATCH)]
     )  # fmt: skip
-    order = output_order(answers, labels, index.classes, stated)
-    known = cross_scored(answers, labels)[1].mean() > KNOWN
-    return _shown(order) if known and order.other and order.decided else None
+    if cross_scored(answers, labels)[1].mean() <= KNOWN:
+        return None
+    stated = stated or (index.classes if len(index.classes) == answers.shape[1] else ())
+    return output_order(answers, labels, index.classes, stated)
+
+
+def likelier_spec(path: Path, index: ImageIndex, *, stated: Preprocess, seconds: float) -> tuple[Preprocess, str] | None:
+    """A preprocessing by which a file names more of these images rightly than by the stated one, for certain, and how many by
+    either, in words; None: nothing denies what is stated."""
+    session = OnnxSession(path, output=stated.output)
+    try:
+        pictures, labels = _pictures(index, COARSE)
+    except FgvcError:  # too few of a class
+        return None
+    names = _normalisations(session.file)
+    found = likelier(lambda x: _log_probabilities(session, x), pictures, labels, stated, normalisations=names, seconds=seconds)
+    if found is None:
+        return None
+    given, best = found
+    stated_keys, keys = given.spec.model_dump(), best.spec.model_dump()
+    others = ", ".join(f"{key} {value} for {stated_keys[key]}" for key, value in keys.items() if value != stated_keys[key])
+    words = (
+        f"of {len(given.right)} images it names {100 * given.accuracy:.1f} % rightly where they are prepared as stated, and "
+        f"{100 * best.accuracy:.1f} % with {others}"
+    )
+    return best.spec.model_copy(update={"network": session.file.record}), words
+
+
+def _normalisations(file: Description) -> tuple[str, ...]:
+    return (BYTES,) if file.dtype == "uint8" else tuple(NORMALISATIONS)
 
 
 def _log_probabilities(session: OnnxSession, x: NDArray[np.float32]) -> NDArray[np.float64]:

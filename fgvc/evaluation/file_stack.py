@@ -9,9 +9,19 @@ from pathlib import Path
 from fgvc.config.images import Preprocess
 from fgvc.data.index import ImageIndex
 from fgvc.errors import FgvcError, UndecidedError
-from fgvc.evaluation.file_preprocessing import UNASSIGNED, FileSearch, other_labels, search_file
+from fgvc.evaluation.assignment import Order
+from fgvc.evaluation.file_preprocessing import (
+    UNASSIGNED,
+    FileSearch,
+    known_order,
+    likelier_spec,
+    search_file,
+    shown_labels,
+)
 from fgvc.evaluation.preprocessing import SECONDS
 from fgvc.runtime.labels import Labels
+
+DENIED_SHARE = 0.3  # of the seconds, for what might deny a stated preprocessing
 
 
 class OtherOrderError(FgvcError):
@@ -20,6 +30,14 @@ class OtherOrderError(FgvcError):
     def __init__(self, message: str, labels: tuple[str, ...]) -> None:
         super().__init__(message)
         self.labels = labels  # a class an output, UNASSIGNED where the images have none
+
+
+class DeniedStackError(FgvcError):
+    """The file's answers deny the stated preprocessing; `spec` is a likelier one."""
+
+    def __init__(self, message: str, spec: Preprocess) -> None:
+        super().__init__(message)
+        self.spec = spec
 
 
 class UndecidedStackError(UndecidedError):
@@ -36,8 +54,8 @@ class FileStack:
 
     preprocess: Preprocess
     labels: tuple[str, ...]  # a class an output
-    search: FileSearch | None  # None: both are stated
-    doubts: tuple[str, ...] = ()  # choices that these images leave open, and that matter little for them
+    search: FileSearch | None  # None: there was no need
+    doubts: tuple[str, ...] = ()  # what these images leave open and matters little for them, or deny of what was insisted on
 
 
 def file_stack(
@@ -49,21 +67,31 @@ def file_stack(
     preprocess: Preprocess | None,
     size: tuple[int, int] | None = None,
     output: str | None = None,
+    insisted: bool = False,
     seconds: float = SECONDS,
     progress: Callable[[str], None] = lambda line: None,
 ) -> FileStack:
     """Preprocessing and labels as stated (None: nothing states them), else by the file's answers about the images of `index`,
     which are those of the folder `images`. `size`: height and width, where the file leaves them open; `output`: which of several;
-    `seconds`: that asking may take.
+    `insisted`: believe the stated preprocessing, whatever the answers; `seconds`: that asking may take.
 
-    Raises UndecidedStackError where these images do not tell how it is fed, and that matters for them; OtherOrderError where its
-    answers deny the stated labels.
+    Raises UndecidedStackError where these images do not tell how it is fed, and that matters for them; OtherOrderError and
+    DeniedStackError where its answers deny the stated labels, or the stated preprocessing.
     """
-    if labels is not None and preprocess is not None:
-        shown = other_labels(file, index, stated=labels.names, spec=preprocess)
-        if shown is not None:
-            raise OtherOrderError(f"the answers of {file} show its classes in another order than {labels.source} says", shown)
-        return FileStack(preprocess=preprocess, labels=labels.names, search=None)
+    doubts: tuple[str, ...] = ()
+    if preprocess is not None:
+        denied = likelier_spec(file, index, stated=preprocess, seconds=DENIED_SHARE * seconds)
+        if denied is not None and not insisted:
+            raise DeniedStackError(f"{file}: {denied[1]}", denied[0])
+        doubts = () if denied is None else (denied[1],)
+        order = known_order(file, index, spec=preprocess, stated=() if labels is None else labels.names)
+        if order is not None and order.other and (order.decided or labels is None):
+            source = f"that of the classes of {images}" if labels is None else f"{labels.source} says"
+            raise OtherOrderError(f"the answers of {file} show its classes in another order than {source}", shown_labels(order))
+        if labels is not None:
+            return FileStack(preprocess=preprocess, labels=labels.names, search=None, doubts=doubts)
+        if order is not None:
+            return FileStack(preprocess=preprocess, labels=_complete(order, file, index), search=None, doubts=doubts)
     search = search_file(
         file, images, index=index, stated=labels, size=size, output=output, seconds=seconds, progress=progress
     )
@@ -72,13 +100,22 @@ def file_stack(
         raise UndecidedStackError(f"{lines}\nthese images do not tell how the file is fed", search.spec)
     if not search.order_holds:
         raise OtherOrderError(lines, search.labels)
-    if UNASSIGNED in search.labels:
-        outputs, classes = len(search.labels), len(index.classes)
-        raise OtherOrderError(
-            f"{lines}\n{file}: has {outputs} outputs, and the images are of {classes} classes: nothing says what the others are",
-            search.labels,
-        )
+    try:
+        complete = _complete(search.search.order, file, index)
+    except OtherOrderError as error:
+        raise OtherOrderError(f"{lines}\n{error}", error.labels) from error
     return FileStack(
-        preprocess=preprocess or search.spec, labels=search.labels, search=search,
-        doubts=() if preprocess is not None else search.doubts,
+        preprocess=preprocess or search.spec, labels=complete, search=search,
+        doubts=doubts if preprocess is not None else search.doubts,
     )  # fmt: skip
+
+
+def _complete(order: Order, file: Path, index: ImageIndex) -> tuple[str, ...]:
+    """A class an output. Raises OtherOrderError where an output is of none."""
+    labels = order.stated or shown_labels(order)
+    if UNASSIGNED in labels:
+        outputs, classes = len(labels), len(index.classes)
+        raise OtherOrderError(
+            f"{file}: has {outputs} outputs, and the images are of {classes} classes: nothing says what the others are", labels
+        )
+    return labels

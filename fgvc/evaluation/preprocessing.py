@@ -58,6 +58,7 @@ COARSE, FEWEST = 120, 40  # images of the first rounds, and how many at least wh
 BATCH, AHEAD = 32, 2  # images, and batches that are made before they are asked for
 COARSE_TRIALS, FINE_TRIALS = 52, 11  # of preprocessings, about
 FINALISTS = 4  # of crops and interpolations, which all images then tell apart
+AS_GIVEN = "as given"  # in place of a normalisation's name
 SECONDS = 100.0  # that the search may take; fewer images where the network is slow
 
 
@@ -208,7 +209,7 @@ def search(
         progress(f"{whole} images under the {len(open_)} that are not told apart")
         for trial in open_:
             tried(trial.spec, trial.normalisation, whole)
-    asked = None if given is None else tried(given.model_copy(update={"network": None}), "as given", whole)
+    asked = None if given is None else tried(given.model_copy(update={"network": None}), AS_GIVEN, whole)
     best = tried.best(whole)
     chance = float(np.bincount(labels[: len(best.losses)]).max() / len(best.losses))
     by_luck = float(binomtest(int(best.right.sum()), len(best.right), chance, alternative="greater").pvalue)
@@ -224,6 +225,31 @@ def search(
         given=None if asked is None else _paired("all", best, asked), images=len(best.losses),
         classes=len(np.unique(labels[: len(best.losses)])), trials=len(tried.trials), seconds=tried.elapsed,
     )  # fmt: skip
+
+
+def likelier(
+    network: LogProbabilities,
+    images: Sequence[Image.Image],
+    labels: NDArray[np.int64],
+    given: Preprocess,
+    *,
+    normalisations: Collection[str] = tuple(NORMALISATIONS),
+    seconds: float = SECONDS,
+) -> tuple[Trial, Trial] | None:
+    """A stated preprocessing, and one of another normalisation, channel order or resize mode under which the network names more
+    of the images rightly, by LITTLE or more for certain; None: there is none, or no time to ask. `images`, `labels`: see
+    `search`."""
+    tried = _Trials(network, given.size, images, labels, seconds=seconds)
+    given = given.model_copy(update={"network": None})
+    others = [*_normalised(given, normalisations), *((AS_GIVEN, spec) for spec in _resized(given))]
+    count = tried.affordable() // (len(others) + 1)
+    if count < min(FEWEST, len(images)):
+        return None
+    count = tried.in_both_halves(min(COARSE, count))
+    stated = tried(given, AS_GIVEN, count)
+    best = min((tried(spec, name, count) for name, spec in others), key=_loss)
+    _, worth, _ = paired_gain(stated.right, best.right)
+    return (stated, best) if _paired("all", stated, best).high < 0 and worth > LITTLE else None
 
 
 @dataclass(slots=True)
@@ -242,29 +268,33 @@ class _Trials:
     def elapsed(self) -> float:
         return time.monotonic() - self.start
 
-    def plan(self) -> tuple[int, int]:
-        """How many images a coarse and a fine trial may have, by the seconds of one batch."""
+    def affordable(self) -> int:
+        """Images that there is time to ask about, by the seconds of one batch."""
         spec = Preprocess(size=self.size)
         count = min(BATCH, len(self.images))
         self._log_probabilities(spec, 0, 2)  # the first run of a session is slow
         before = time.monotonic()
         self._log_probabilities(spec, 0, count)
         each = (time.monotonic() - before) / count
-        affordable = int(self.seconds / max(each, 1e-6))
-        coarse = self._in_both_halves(max(FEWEST, min(COARSE, affordable // (2 * COARSE_TRIALS))))
+        return int(self.seconds / max(each, 1e-6))
+
+    def plan(self) -> tuple[int, int]:
+        """How many images a coarse and a fine trial may have."""
+        affordable = self.affordable()
+        coarse = self.in_both_halves(max(FEWEST, min(COARSE, affordable // (2 * COARSE_TRIALS))))
         more = max(0, affordable - COARSE_TRIALS * coarse) // FINE_TRIALS
-        return coarse, max(coarse, self._in_both_halves(coarse + more))
+        return coarse, max(coarse, self.in_both_halves(coarse + more))
 
     def covering(self, images: int) -> int:
         """As many images, or so many more that all classes are among them."""
-        return max(images, self._in_both_halves(FEWEST_A_CLASS * len(np.unique(self.labels))))
+        return max(images, self.in_both_halves(FEWEST_A_CLASS * len(np.unique(self.labels))))
 
     def wider(self, images: int) -> int:
         """About twice as many images, or all."""
-        more = self._in_both_halves(2 * images)
+        more = self.in_both_halves(2 * images)
         return more if more > images else len(self.images)
 
-    def _in_both_halves(self, images: int) -> int:
+    def in_both_halves(self, images: int) -> int:
         """As many of the first `images` as can be: each class in two of them or more."""
         images = min(images, len(self.images))
         while images > 2 and np.unique(self.labels[:images], return_counts=True)[1].min() < 2:

@@ -14,9 +14,9 @@ from fgvc.config.images import Preprocess
 from fgvc.errors import FgvcError, UndecidedError
 from fgvc.evaluation.assignment import assign, halved
 from fgvc.evaluation.file_preprocessing import FileSearch
-from fgvc.evaluation.file_stack import file_stack
+from fgvc.evaluation.file_stack import OtherOrderError, file_stack
 from fgvc.evaluation.paired import mean_interval
-from fgvc.evaluation.preprocessing import COARSE, FEWEST_A_CLASS, NORMALISATIONS, sample_rows, search
+from fgvc.evaluation.preprocessing import COARSE, FEWEST_A_CLASS, NORMALISATIONS, likelier, sample_rows, search
 from fgvc.images.preprocess import preprocess
 
 SIZE = (24, 24)
@@ -123,7 +123,7 @@ def test_what_a_few_images_leave_open_more_are_asked_about() -> None:
 
 
 def test_what_is_stated_is_not_left_open_by_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where nothing states the labels, the file is asked for their order alone."""
+    """Where nothing states the labels, the file is asked for their order alone; where it does not know the images so, for all."""
     images, labels = pictures()
     spec = planted("0 to 1", crop_pct=1.0, interpolation="bilinear")
     found = search(network(spec), SIZE, images, labels, CLASSES, stated=CLASSES, seconds=1e9)
@@ -132,10 +132,42 @@ def test_what_is_stated_is_not_left_open_by_the_images(monkeypatch: pytest.Monke
         path=Path("deployed.onnx"), spec=spec, search=replace(found, alternatives=(open_,)), labels_source="the folder"
     )  # fmt: skip
     monkeypatch.setattr("fgvc.evaluation.file_stack.search_file", lambda *_, **__: asked)
+    monkeypatch.setattr("fgvc.evaluation.file_stack.likelier_spec", lambda *_, **__: None)
+    monkeypatch.setattr("fgvc.evaluation.file_stack.known_order", lambda *_, **__: None)
     stack = partial(file_stack, Path("deployed.onnx"), Path("set"), index=None, labels=None)  # type: ignore[arg-type]
     assert stack(preprocess=spec).labels == CLASSES
+    assert stack(preprocess=spec).search is asked
     with pytest.raises(UndecidedError, match="do not tell how the file is fed"):
         stack(preprocess=None)
+    monkeypatch.setattr("fgvc.evaluation.file_stack.known_order", lambda *_, **__: found.order)
+    assert stack(preprocess=spec).labels == CLASSES
+    assert stack(preprocess=spec).search is None
+    other = replace(found.order, assigned=CLASSES[::-1], other=CLASSES)
+    monkeypatch.setattr("fgvc.evaluation.file_stack.known_order", lambda *_, **__: other)
+    with pytest.raises(OtherOrderError, match="in another order than that of the classes of set") as error:
+        stack(preprocess=spec)
+    assert error.value.labels == CLASSES[::-1]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"channel_order": "bgr"}, {"resize": "squash"}, {"input_range": 255}], ids=["order", "resize", "range"]
+)
+def test_a_stated_preprocessing_is_denied_where_another_is_better_for_certain(changes: dict[str, object]) -> None:
+    images, labels = pictures()
+    spec = planted("0 to 1", resize="crop", crop_pct=0.875, interpolation="bilinear")
+    assert likelier(network(spec), images, labels, spec, seconds=1e9) is None
+    found = likelier(network(spec), images, labels, spec.model_copy(update=changes), seconds=1e9)
+    assert found is not None
+    stated, best = found
+    assert best.spec == spec
+    assert best.accuracy > stated.accuracy + 0.01
+    assert likelier(network(spec), images, labels, spec.model_copy(update=changes), seconds=1e-9) is None, "no time"
+
+
+def test_a_network_that_knows_nothing_denies_nothing() -> None:
+    images, labels = pictures()
+    spec = planted("0 to 1", resize="crop", crop_pct=0.875, interpolation="bilinear")
+    assert likelier(lambda batch: np.full((len(batch), 5), -np.log(5)), images, labels, spec, seconds=1e9) is None
 
 
 def test_a_network_that_knows_nothing_is_refused() -> None:
