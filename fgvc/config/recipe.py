@@ -70,7 +70,8 @@ class Recipe(Display, Section):
     select: Shipped | None = Field(
         None,
         description="which weights eval, export and predict use; best: of the start and all epochs' ends the best by validation, "
-        "the average where there is one. Default: best where there is a validation split, else ema or swa, else last; ema where "
+        "the average where there is one; by fewer than 200 images the end, or the start where that is clearly better. "
+        "Default: best where there is a validation split, else ema or swa, else last; ema where "
         "a deployed file has seen too much for any image to choose",
     )
     select_by: Literal["top1", "top5", "macro_f1", "balanced_accuracy", "ece", "loss"] = Field(

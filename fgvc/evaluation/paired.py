@@ -17,6 +17,7 @@ from scipy.stats import t as student_t
 from fgvc.errors import FgvcError
 
 LEVEL = 0.95  # of the interval
+ONE_ERROR = 0.6827  # of an interval of one standard error to each side
 LIMIT = re.compile(r"(\d+)|(\d+(?:\.\d+)?) ?%")
 Truths = NDArray[np.bool_]
 
@@ -88,13 +89,31 @@ def compare_predictions(labels: NDArray[Any], a: NDArray[Any], b: NDArray[Any]) 
     never claims too much, at any number of images (Fagerland et al. 2013 call it a little cautious).
     """
     y = np.asarray(labels, dtype=np.int64)
+    return compare_right(y, np.asarray(a) == y, np.asarray(b) == y)
+
+
+def compare_right(y: NDArray[np.int64], a_right: Truths, b_right: Truths) -> Paired:
+    """The same by whether A and B name each image rightly (N,)."""
     if not len(y):
         raise FgvcError("nothing to compare: no image that can be read")
-    a_right, b_right = np.asarray(a) == y, np.asarray(b) == y
     losses, wins = int((a_right & ~b_right).sum()), int((~a_right & b_right).sum())
     low, high = gain_interval(wins, losses, len(y))
     p = float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
     return Paired(labels=y, a_right=a_right, b_right=b_right, low=low, high=high, p=p)
+
+
+def standing(pair: Paired) -> dict[str, float]:
+    """B beside its floor A, for records: top-1 of both, shares in [0,1]; the gain is B's minus A's."""
+    shares = {"top1": pair.b_right.mean(), "floor": pair.a_right.mean(), "gain": pair.gain}
+    return {name: round(float(value), 6) for name, value in (shares | {"low": pair.low, "high": pair.high}).items()}
+
+
+def beside_floor(pair: Paired) -> str:
+    """The same in words."""
+    return (
+        f"the floor (logistic regression on the frozen net) {100 * pair.a_right.mean():.2f} %: {100 * pair.gain:+.2f} points, "
+        f"95 % interval {100 * pair.low:+.1f} to {100 * pair.high:+.1f}"
+    )
 
 
 def gain_interval(wins: float, losses: float, images: float, *, level: float = LEVEL) -> tuple[float, float]:
@@ -119,6 +138,13 @@ def paired_gain(old: Truths, new: Truths, *, level: float = LEVEL) -> tuple[floa
     """Share of the same images (N,) that `new` names rightly less that of `old`, and its interval (see `gain_interval`)."""
     wins, losses = int((new & ~old).sum()), int((old & ~new).sum())
     return (wins - losses) / len(new), *gain_interval(wins, losses, len(new), level=level)
+
+
+def beats(new: Truths, old: Truths) -> bool:
+    """Whether one is better than a simpler one on the same images (N,), by more than one standard error (Breiman et al. 1984, in
+    their section 3.4.3)."""
+    _, low, _ = paired_gain(old, new, level=ONE_ERROR)
+    return low > 0
 
 
 def wilson(share: float, count: float) -> tuple[float, float]:

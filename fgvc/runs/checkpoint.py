@@ -180,6 +180,13 @@ def best_score(folder: Path) -> float | None:
     return score if score is not None and math.isfinite(score) else None  # nothing is better than a NaN
 
 
+def choose_best(folder: Path, name: Literal["start", "last"]) -> None:
+    """Point `best` at the checkpoint that goes by another name. The caller has the run to itself."""
+    last, target = _target(folder / "last"), _target(folder / name) if name == "last" else START
+    if last is not None and target is not None and _target(folder / "best") != target:
+        _publish(folder, last=last, best=target)
+
+
 def repair(folder: Path) -> None:
     """Point `last` at the newest intact checkpoint; damaged ones are renamed to `damaged-step-...` and never deleted. The
     caller has the run to itself. Raises FgvcError where the system can't."""

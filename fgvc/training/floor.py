@@ -19,13 +19,15 @@ from torch import Tensor, nn
 from fgvc.config.recipe import Recipe
 from fgvc.data.splits import fold_numbers
 from fgvc.errors import FgvcError
-from fgvc.evaluation.paired import Paired, compare_predictions
+from fgvc.evaluation.paired import Paired, beside_floor, compare_predictions, standing
 from fgvc.models.probe import Probe, fit_probe, linear_head, put_head
 from fgvc.runs import checkpoint
 from fgvc.training.session import Predictions, Session
+from fgvc.training.settle import chooses_epochs
 from fgvc.training.start import HeadFit, ViewFeatures, fit_net_probe, view_features
 
 BEST_EPOCH_REMARK = "the epoch was chosen by these images, which flatters it a little"
+FEW_REMARK = "the end ships, since so few images choose no epoch"
 FOLDS = 5  # of the training images, where there is no validation split
 
 
@@ -150,21 +152,17 @@ class FloorComparison:
 
     @property
     def facts(self) -> dict[str, float]:
-        """Top-1 of both, shares in [0,1]; the gain is the result's minus the floor's."""
-        pair = self.pair
-        shares = {"top1": pair.b_right.mean(), "floor": pair.a_right.mean(), "gain": pair.gain}
-        return {name: round(float(value), 6) for name, value in (shares | {"low": pair.low, "high": pair.high}).items()}
+        """As of `standing`."""
+        return standing(self.pair)
 
     def lines(self, recipe: Recipe) -> list[str]:
         """The result in words, and what to change where it is below the floor."""
         pair = self.pair
-        message = (
-            f"validation top-1 {100 * pair.b_right.mean():.2f} % of {pair.images} images, the floor (logistic regression on the "
-            f"frozen net) {100 * pair.a_right.mean():.2f} %: {100 * pair.gain:+.2f} points, 95 % interval {100 * pair.low:+.1f} "
-            f"to {100 * pair.high:+.1f}"
-        )
-        if recipe.selected == "best":
+        message = f"validation top-1 {100 * pair.b_right.mean():.2f} % of {pair.images} images, {beside_floor(pair)}"
+        if recipe.selected == "best" and chooses_epochs(recipe, pair.images):
             message += "; " + (BEST_EPOCH_REMARK if self.step else "the start ships, since no epoch was better")
+        elif recipe.selected == "best":
+            message += "; " + (FEW_REMARK if self.step else "the start ships")
         return [message, *([f"WARNING: that is below the floor: {_advice(recipe)}"] if pair.gain < 0 else [])]
 
 
