@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from fgvc import api
 from fgvc.cli.app import main
 from fgvc.config.shipped import recipe_file, run_name
+from fgvc.errors import FgvcError
 from fgvc.models.backbone import plain_model
 from fgvc.runtime.bundle import write_bundle
 from fgvc.training import trainer
@@ -204,7 +205,9 @@ def test_eval(fgvc: Callable[..., Printed], run: Path) -> None:
     assert 0.5 < json.loads((run / "metrics.json").read_text())["test.best"]["top1"] <= 1
     last = fgvc("eval", run, "--split", "val", "--select", "last")
     assert "last" in last.stdout
-    assert last.stderr.splitlines()[-1] == f"next: fgvc export {run} -o {run}-bundle"
+    assert last.stderr.splitlines()[-1] == f"next: fgvc eval {run} --split test --select last"
+    last = fgvc("eval", run, "--split", "test", "--select", "last")
+    assert last.stderr.splitlines()[-1] == f"next: fgvc export {run} -o {run}-bundle --select last"
 
 
 def test_export_verify_predict(
@@ -369,8 +372,14 @@ def test_what_is_stated_of_a_deployed_stack_in_part_or_twice_is_refused(
 
 
 def test_a_lone_deployed_file_proves_nothing_of_what_is_around_it(
-    fgvc: Callable[..., Printed], run: Path, bundle: Path, tmp_path: Path
+    fgvc: Callable[..., Printed], run: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Where its answers about the run's images do not tell either: what so small a net's say depends on the processor."""
+
+    def silent(*args: object, **options: object) -> None:
+        raise FgvcError("these images do not tell")
+
+    monkeypatch.setattr("fgvc.evaluation.lone_file.search_file", silent)
     scripted = api.export(run, tmp_path / "scripted", exporter="torchscript").bundle  # a file by the exporter that takes no time
     shutil.copy(scripted / "model.onnx", tmp_path / "lone.onnx")
     export = ("export", run, "-o", tmp_path / "new", "--against", tmp_path / "lone.onnx")

@@ -138,11 +138,19 @@ def _computed(own: dict, boxed: Path, start: Path, place: Path) -> dict:
     settings = Export(exporter="torchscript")
     proto = export_onnx(plain, size=(64, 64), exporter=settings.exporter, opset=settings.opset)
     return {
-        "made with": {package: version(package) for package in PACKAGES} | {"cpu": torch.backends.cpu.get_cpu_capability()},
+        "made with": {package: version(package) for package in PACKAGES} | {"cpu": _processor()},
         "losses": losses,
         "tensors": {key: _size(value) for key, value in tensors.items() if value.is_floating_point()},
         "graph": canonicalise(proto, weights=None).sha256,
     }
+
+
+def _processor() -> str:
+    """What rounding depends on: the instructions, and whose libraries choose among them."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.is_file() else []
+    vendor = next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
+    return f"{torch.backends.cpu.get_cpu_capability()} {vendor}".strip()
 
 
 def _size(value: torch.Tensor) -> tuple[float, float, int]:
