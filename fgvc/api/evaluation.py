@@ -33,11 +33,12 @@ def evaluate(
     views: Views | None = None,
     root: StrPath | None = None,
     max_pixels: int | None = None,
+    floor: bool = True,
 ) -> Evaluation:
-    """Score a run's weights, see `fgvc.evaluation.evaluate.evaluate`. `select`: others than it ships; `root`: where its set lies
-    now, where that has moved; `max_pixels`: of a picture, in place of the recipe's limit."""
+    """Score a run's weights, and its floor where it has one: see `fgvc.evaluation.evaluate.evaluate`. `select`: others than it
+    ships; `root`: where its set lies now, where that has moved; `max_pixels`: of a picture, in place of the recipe's limit."""
     loaded = load_run(Path(run), select, branches=views == "refined", root=as_path(root), max_pixels=max_pixels)
-    return evaluation.evaluate(loaded, split, device=device, views=views)
+    return evaluation.evaluate(loaded, split, device=device, views=views, floor=floor)
 
 
 def localize(

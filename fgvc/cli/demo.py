@@ -38,6 +38,8 @@ def main(folder: Path) -> int:
             return code
     console.rule()
     console.print(f"{time.monotonic() - started:.0f} s in all; the page: {better / 'report.html'}")
+    if (activate := Path(sys.prefix, "bin", "activate")).is_file():
+        console.print(f"to have the command in this shell: source {activate}", markup=False, soft_wrap=True)
     return 0
 
 

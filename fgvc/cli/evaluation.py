@@ -19,6 +19,7 @@ from fgvc.cli.option import (
     Select,
     SplitOption,
     following,
+    following_serve,
     pixels,
 )  # fmt: skip
 from fgvc.errors import FgvcError
@@ -44,8 +45,13 @@ def evaluate(
     from fgvc.cli import show
 
     limit = pixels(megapixels)
-    show.scores(api.evaluate(run, split, select=select, device=device, root=root, views=views, max_pixels=limit))
-    following("export", run, "-o", f"{run}-bundle")
+    result = api.evaluate(run, split, select=select, device=device, root=root, views=views, max_pixels=limit)
+    show.scores(result)
+    chosen = [] if select is None else ["--select", select]
+    if result.split == "val" and result.tested:
+        following("eval", run, "--split", "test", *chosen)
+    else:
+        following("export", run, "-o", f"{run}-bundle", *chosen)
 
 
 def localize(
@@ -95,7 +101,10 @@ def report(
     )  # fmt: skip
     print(page)
     print(f"{len(runs)} runs in a page of {page.stat().st_size / 1e6:.1f} MB".replace("1 runs", "a run"), file=sys.stderr)
-    following("export", runs[0], "-o", f"{runs[0]}-bundle")
+    if bundle:
+        following("predict", bundle[0], "IMAGES")
+    else:
+        following("export", runs[0], "-o", f"{runs[0]}-bundle")
 
 
 def explain(
@@ -132,7 +141,7 @@ def explain(
             max_pixels=round(megapixels * 1e6),
         )  # fmt: skip
         if not code:
-            following("serve", subject)
+            following_serve(subject)
         sys.exit(code)
     from fgvc import api
 
@@ -158,7 +167,9 @@ def compare(
     ] = None,
     seen: Annotated[
         str | None,
-        typer.Option(help="What a deployed file was trained on: train (default), none of these, or a file that lists images."),
+        typer.Option(
+            help="What a deployed file was trained on: train (default), none of these, a file that lists images, or its bundle."
+        ),
     ] = None,
     unseen: Annotated[
         Path | None, typer.Option(help="A folder of images that a deployed file was not trained on: these judge, and no others.")
@@ -216,7 +227,7 @@ def compare(
     if out is not None:
         write_page(answers, out, failures=failures, stack_threshold=stack_threshold)
     if not failures and is_bundle(b):
-        following("serve", b)
+        following_serve(b)
     elif not failures and b.is_dir():
         following("export", b, "-o", f"{b}-bundle")
     sys.exit(1 if failures else 0)

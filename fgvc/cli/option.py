@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -130,6 +131,12 @@ def _as_setting(option: str) -> str:
 def following(*words: object) -> None:
     """Say on stderr which command comes next."""
     print(f"next: {shlex.join(['fgvc', *map(str, words)])}", file=sys.stderr)
+
+
+def following_serve(bundle: Path) -> None:
+    """The same of `fgvc serve`, where what it needs is installed."""
+    if find_spec("starlette") is not None:
+        following("serve", bundle)
 
 
 def pixels(megapixels: float | None) -> int | None:

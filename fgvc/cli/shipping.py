@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from fgvc.cli.option import MEGAPIXELS, Megapixels, Root, Run, Select, Verb, following, sides
+from fgvc.cli.option import MEGAPIXELS, Megapixels, Root, Run, Select, Verb, following, following_serve, sides
 from fgvc.errors import FgvcError, UndecidedError
 from fgvc.io.files import as_json
 
@@ -275,7 +275,7 @@ def predict(
 
     code = predict_files(bundle, paths, as_json=as_json, top_k=top_k, variant=variant, max_pixels=round(megapixels * 1e6))
     if not as_json and not code:
-        following("serve", bundle)
+        following_serve(bundle)
     sys.exit(code)
 
 
@@ -318,7 +318,8 @@ def serve(
         from fgvc.serving.server import Settings
         from fgvc.serving.server import serve as run
     except ModuleNotFoundError as error:
-        raise FgvcError(f"fgvc serve: {error.name} is not installed: pip install 'fgvc[serve]'") from error
+        way = "pip install 'fgvc[serve]', or '.[serve]' in a clone"
+        raise FgvcError(f"fgvc serve: {error.name} is not installed: {way}") from error
 
     limits = Limits(
         image_bytes=int(image_mib * MIB), tensor_bytes=int(tensor_mib * MIB), pixels=round(megapixels * 1e6), batch=batch,

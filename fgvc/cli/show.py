@@ -17,6 +17,7 @@ from fgvc.evaluation.compared import PairedAnswers
 from fgvc.evaluation.evaluate import Evaluation
 from fgvc.evaluation.learning_curve import FOLDS, SHARES
 from fgvc.evaluation.localize import Localisation
+from fgvc.evaluation.paired import beside_floor
 from fgvc.evaluation.stack_threshold import Accepted
 from fgvc.exporting.deployed import WrittenComparison
 from fgvc.exporting.verify import Comparison, Verification
@@ -178,6 +179,9 @@ def scores(result: Evaluation) -> None:
     console.print(table)
     if result.judged:
         console.print(result.judged, markup=False, soft_wrap=True)
+    if (standing := result.over_floor) is not None:
+        ways = f"; `fgvc export {result.run} --select floor` ships it" if standing.gain < 0 else ""
+        console.print(f"{beside_floor(standing)}{ways}", markup=False, soft_wrap=True)
     pairs = s.confused(result.classes)[:CONFUSED]
     if pairs:
         table = make_table("most confused", "with", "times", "there", "back")

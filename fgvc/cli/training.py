@@ -56,7 +56,9 @@ def init(
     data: Annotated[Path | None, typer.Option(help="Labelled images: a folder of classes, CUB's layout, or a table.")] = None,
     seen: Annotated[
         str | None,
-        typer.Option(help="With --deployed, what it was trained on: train, none (of these images), or a file that lists them."),
+        typer.Option(
+            help="With --deployed, what it was trained on: train, none (of these images), a file that lists them, or its bundle."
+        ),
     ] = None,
     unseen: Annotated[
         Path | None, typer.Option(help="With --deployed, a folder of labelled images that it was not trained on, beside --data.")
@@ -97,7 +99,7 @@ def init(
         out.write_text(text, encoding="utf-8")
     if data is None:
         print(f"{out}: set data.root, the folder of your images, and look at model.weights in it")
-        following("data", "check", out)
+        following("data", "check", out, "data.root=IMAGES")
     else:
         print(f"{out}: look at it, model.weights above all")
         following("train", out)

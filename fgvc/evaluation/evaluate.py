@@ -18,6 +18,7 @@ from fgvc.data.unseen import judged
 from fgvc.errors import FgvcError, NoNumbersError
 from fgvc.evaluation import metrics
 from fgvc.evaluation.calibration import Calibrated, fitting_sample
+from fgvc.evaluation.paired import Paired, Truths, compare_right, standing
 from fgvc.evaluation.png_plots import plot_calibration, plot_confusion
 from fgvc.evaluation.sample import Sample
 from fgvc.evaluation.temperature import FITTED_ON, calibration
@@ -25,7 +26,9 @@ from fgvc.evaluation.tta import Views, average_views, canvas, refine_views
 from fgvc.images.address import address
 from fgvc.io.display import Display, figure
 from fgvc.io.tables import as_csv
+from fgvc.runs.folder import has_floor
 from fgvc.runs.loaded import LoadedRun
+from fgvc.runtime.engine import refuse_no_numbers
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -45,6 +48,8 @@ class Evaluation(Display):
     calibrated: Calibrated | None  # None with averaged views, which no bundle has: their probabilities are not calibrated
     stored: bool = True  # in the run; not where that can't be written
     judged: str = ""  # which images, in words, where they are those that a deployed file was not trained on
+    tested: bool = False  # whether the run has images that neither taught nor chose
+    over_floor: Paired | None = None  # A: the run's floor, B: these weights, on the same images; None: not asked, or no floor
 
     @property
     def facts(self) -> Mapping[str, object]:
@@ -59,13 +64,18 @@ class Evaluation(Display):
 
 
 def evaluate(
-    run: LoadedRun, split: Literal["val", "test"] | None = None, *, device: str | None = None, views: Views | None = None
+    run: LoadedRun,
+    split: Literal["val", "test"] | None = None,
+    *,
+    device: str | None = None,
+    views: Views | None = None,
+    floor: bool = False,
 ) -> Evaluation:
     """Score a run's weights on `split` (default: val where there is one, else test), in fp32, on one process.
 
     The images are those that the run recorded when it began. `device`: another than the run was trained on. `views`: average over
     flips or crops, or look again at what a technique attends to (`refined`, of a run that was opened with its branches); no
-    bundle does, so it is recorded under a key of its own.
+    bundle does, so it is recorded under a key of its own. `floor`: score the run's floor, too, on the same images.
     Writes `metrics.json`, `tables/{classes,confused,reliability,risk-coverage}-<split>.csv` and
     `plots/{confusion,reliability,risk-coverage}-<split>.png` into the run (`-<split>-<select>` for other weights than the
     recipe's selection), calibration by up to 10,000 of the images and without `views` only: the temperature and threshold are
@@ -109,10 +119,22 @@ def evaluate(
     words = judged(index, split_name, scores.images)
     numbers: dict[str, Any] = scores.numbers() | {"calibration": unfitted if calibrated is None else calibrated.numbers()}
     numbers |= {"judged": words} if words else {}
+    pair = over_floor(run, sample.right, split_name, device=device) if floor and views is None else None
+    numbers |= {} if pair is None else {"floor": standing(pair)}
     stored = run.store(files, {"metrics.json": {f"{name}.{select}": numbers}})
     return Evaluation(
-        run.folder, name, select, scores, sample.right, tuple(unreadable), index.classes, calibrated, stored, words
-    )
+        run.folder, name, select, scores, sample.right, tuple(unreadable), index.classes, calibrated, stored, words,
+        tested=len(index.rows("test")) > 0, over_floor=pair,
+    )  # fmt: skip
+
+
+def over_floor(run: LoadedRun, right: Truths, split: Split, *, device: str | None) -> Paired | None:
+    """A run beside its floor on a split, whose readable images it names rightly or not (N,); None: it has none, or is it."""
+    if run.select in ("start", "floor") or not has_floor(run.folder):
+        return None
+    floor = run.selecting("floor").answers(run.rows(split), device=device)
+    refuse_no_numbers(floor.logits, run.folder)
+    return compare_right(floor.labels, floor.logits.argmax(1) == floor.labels, right)
 
 
 def _files(

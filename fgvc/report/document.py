@@ -18,8 +18,9 @@ from fgvc.config.techniques import enabled_techniques
 from fgvc.data.unseen import judged
 from fgvc.errors import FgvcError
 from fgvc.evaluation.calibration import Calibrated
+from fgvc.evaluation.evaluate import over_floor
 from fgvc.evaluation.metrics import SMALLER_IS_BETTER, Scores, score_logits
-from fgvc.evaluation.paired import Paired, compare_predictions, wilson
+from fgvc.evaluation.paired import Paired, wilson
 from fgvc.evaluation.temperature import calibration
 from fgvc.images.preprocess import described
 from fgvc.io.files import refuse_file, write_atomic, writing
@@ -30,7 +31,6 @@ from fgvc.report.gallery import Gallery, gallery
 from fgvc.report.html_charts import Chart, calibration_charts, curves, terms
 from fgvc.report.localization import COLUMNS, Table, localisation
 from fgvc.report.render import render
-from fgvc.runs.folder import has_floor
 from fgvc.runs.history import History, interpolation_remark, read_history
 from fgvc.runs.loaded import Answers, LoadedRun
 from fgvc.runtime.bundle import Bundle
@@ -196,7 +196,7 @@ def report(
                 gallery=gallery(run, answer, scores, calibrated.fitted, images=images, device=device),
                 certificate=proven.get(at),
                 localisation=localisation(run),
-                over_floor=_over_floor(run, answer, splits[at][0], device=device),
+                over_floor=over_floor(run, answer.logits.argmax(1) == answer.labels, splits[at][0], device=device),
             )
         )
     with writing(out):
@@ -221,14 +221,6 @@ def _page(chapters: Sequence[RunChapter]) -> str:
         named=NAMED,
         columns=COLUMNS,
     )
-
-
-def _over_floor(run: LoadedRun, answers: Answers, split: Split, *, device: str | None) -> Paired | None:
-    if not has_floor(run.folder):
-        return None
-    floor = run.selecting("floor").answers(run.rows(split), device=device)
-    refuse_no_numbers(floor.logits, run.folder)
-    return compare_predictions(answers.labels, floor.logits.argmax(1), answers.logits.argmax(1))
 
 
 def _refuse_other_classes(runs: Sequence[LoadedRun]) -> None:

@@ -29,8 +29,9 @@ def test_the_scores_are_one_line(screen: io.StringIO) -> None:
         images=10000,
     )  # fmt: skip
     result = SimpleNamespace(
-        split="test", select="floor", scores=scores, classes=("a", "b"), calibrated=None, stored=False, unreadable=(), judged=""
-    )
+        split="test", select="floor", scores=scores, classes=("a", "b"), calibrated=None, stored=False, unreadable=(), judged="",
+        over_floor=None,
+    )  # fmt: skip
     show.scores(result)  # type: ignore[arg-type]
     head, row, *_ = screen.getvalue().splitlines()
     assert head.split()[0] == "split"
@@ -68,7 +69,7 @@ def test_times_are_about_so_long(screen: io.StringIO) -> None:
     ("command", "following"),
     [
         ("recipes", "next: fgvc init any/plain my.yaml"),
-        ("init any/plain my.yaml", "next: fgvc data check my.yaml"),
+        ("init any/plain my.yaml", "next: fgvc data check my.yaml data.root=IMAGES"),
         ("data check {data}", "next: fgvc train {data}"),
     ],
 )

@@ -72,6 +72,11 @@ def test_a_report_shows_it_on_any_part(tmp_path: Path, pretrained: dict) -> None
     a, b = (z.argmax(1) == y).numpy(), (z_end.argmax(1) == y).numpy()
     low, high = gain_interval(int((b & ~a).sum()), int((a & ~b).sum()), len(y))
     gain = f"{100 * (b.mean() - a.mean()):+.2f} points, {100 * low:+.1f} to {100 * high:+.1f}"
+    scored = api.evaluate(run, "test")
+    assert scored.over_floor is not None
+    assert (scored.over_floor.a_right.mean(), scored.over_floor.b_right.mean()) == (a.mean(), b.mean())
+    assert json.loads((run / "metrics.json").read_text())["test.last"]["floor"]["low"] == pytest.approx(low, abs=1e-6)
+    assert api.evaluate(run, "test", select="floor").over_floor is None
     page = api.report([run], tmp_path / "page.html", split="test").read_text(encoding="utf-8")
     assert f"names {100 * a.mean():.2f} %: <b>{gain}</b>" in page
     other = trainer.train(recipe(pretrained, select="last", train={"seed": 1}), tmp_path / "other")
