@@ -36,7 +36,7 @@ from fgvc.runs.folder import read_run, recorded_classes, recorded_preprocess
 from fgvc.runs.loaded import LoadedRun, load_run
 from fgvc.runs.measured import store_measured
 from fgvc.runs.trackers import log_bundle
-from fgvc.runtime.bundle import load_bundle, refuse_target, write_bundle
+from fgvc.runtime.bundle import JUDGE, load_bundle, refuse_target, write_bundle
 from fgvc.runtime.description import describe
 from fgvc.runtime.stack import Agreement, Stack, agreement, stack_of
 from fgvc.studies.variants import SmallerFile, Variants, left_out, make_variants
@@ -281,23 +281,28 @@ def _export(
     return Exported(out, select_name, proven, run_calibration, tuple(beside), against, around, omitted, words, stack)
 
 
+DRAWN = "the test split that fgvc drew"
+
+
 @dataclass(frozen=True, slots=True)
 class _Judge:
-    """What a bundle says of the images that judge it; nothing where its run is of no deployed file."""
+    """What a bundle says of the images that judge it; nothing where the set itself says which they are."""
 
     metrics: dict[str, Any] = field(default_factory=dict)
     files: dict[str, Any] = field(default_factory=dict)
 
 
 def _judge(index: ImageIndex) -> _Judge:
-    if not index.unseen:
-        return _Judge()
     rows = index.rows("test")
-    metrics = {"judge": {"split": "test", "images": len(rows), "which": f"unseen images of {index.unseen}"}}
+    drawn = len(rows) > 0 and "test" not in index.given_splits
+    if not index.unseen and not drawn:
+        return _Judge()
+    which = index.unseen or DRAWN
+    metrics = {"judge": {"split": "test", "images": len(rows), "which": f"unseen images of {which}"}}
     if index.contents is not None:  # in tables: no paths that another set could have
         return _Judge(metrics)
     images = {str(index.paths[row]): index.classes[index.labels[row]] for row in rows}
-    return _Judge(metrics, {"judge.json": {"unseen": index.unseen, "images": images}})
+    return _Judge(metrics, {JUDGE: {"unseen": which, "images": images}})
 
 
 def _stack_threshold(run: LoadedRun, contract: Contract, proven: ProvedExport, threshold: float) -> StackThreshold:

@@ -98,8 +98,8 @@ class Deploy(_Normalised):
     seen: Literal["train", "none"] | Path = Field(
         "train",
         description="which images the deployed file was trained on, which neither choose nor judge a net that begins with its "
-        "weights. train: the set's own train split, and splits that fgvc draws; none: no image of this set; or a file that lists "
-        "them, a path a line",
+        "weights. train: the set's own train split, and splits that fgvc draws; none: no image of this set; a file that lists "
+        "them, a path a line; or a bundle, which lists the images that judge it: all others",
     )
     unseen: Path | None = Field(
         None,

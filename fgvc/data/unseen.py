@@ -22,6 +22,7 @@ from fgvc.data.quality.duplicates import joined, links
 from fgvc.data.splits import group_codes, stratified
 from fgvc.errors import FgvcError, NoUnseenImagesError
 from fgvc.io.names import some
+from fgvc.runtime.bundle import JUDGE, read_judge
 
 Seen = Literal["train", "none"] | Path
 FEWEST_TO_CHOOSE = 200  # unseen images, below which all of them judge and none chooses
@@ -105,9 +106,9 @@ def unseen_rows(
     two, and the rule in words.
 
     `seen`: train: what the set says of its train split; none: it has seen no image of the set; a file: those that it names, one
-    path a line, absolute or relative to the set's folder. `beside`: the folder of unseen images that were added to the set, see
-    `fgvc.data.beside`; `ways`: for messages. Raises FgvcError for a file that names no image of the set, and
-    NoUnseenImagesError where no image is left.
+    path a line, absolute or relative to the set's folder; a bundle: all but those that judge it. `beside`: the folder of unseen
+    images that were added to the set, see `fgvc.data.beside`; `ways`: for messages. Raises FgvcError for a file that names no
+    image of the set, and NoUnseenImagesError where no image is left.
     """
     mask = np.ones(len(index), dtype=bool)
     mask[learned] = False
@@ -221,11 +222,24 @@ def judged_apart(
 
 
 def _named(index: ImageIndex, file: Path, key: str) -> NDArray[np.bool_]:
-    """Which rows a list of paths names; `key`: what names the list, for messages."""
+    """Which rows a list of paths names, or of a bundle's set all but those that judge it; `key`: what names it, for messages."""
+    if file.is_dir():
+        if not (file / JUDGE).is_file():
+            raise FgvcError(
+                f"{key}: {file}: is a folder without {JUDGE}; name a bundle of fgvc's, which lists there what judges it, or a "
+                "list of paths, one a line"
+            )
+        return ~_among(index, read_judge(file)["images"], file / JUDGE, key)
     try:
         lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise FgvcError(f"{key}: {file}: can't be read as a list of paths, one a line ({error})") from error
+    return _among(index, lines, file, key)
+
+
+def _among(index: ImageIndex, lines: Iterable[str], file: Path, key: str) -> NDArray[np.bool_]:
+    """Which rows these paths name, which `file` lists."""
+    lines = list(lines)
     wanted = set(_relative(lines, index.root))
     named = np.fromiter((str(path) in wanted for path in index.paths), dtype=bool, count=len(index))
     if not named.any():

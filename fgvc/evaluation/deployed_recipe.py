@@ -22,9 +22,9 @@ from fgvc.evaluation.file_stack import OtherOrderError, file_stack
 from fgvc.evaluation.judging import evidence
 from fgvc.evaluation.side import Classifier
 from fgvc.io.names import few
-from fgvc.runtime.bundle import read_preprocess
+from fgvc.runtime.bundle import JUDGE, read_preprocess
 from fgvc.runtime.engine import OnnxSession
-from fgvc.runtime.labels import Labels, labels_of
+from fgvc.runtime.labels import labels_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,11 +52,13 @@ def deployed_recipe(
     """
     index = read_source(AutoData(root=images, val_fraction=0.0))
     stated = labels_of(file)
+    if seen is None and unseen is None and not index.given_splits and file.with_name(JUDGE).is_file():
+        seen = str(file.parent.absolute())  # a bundle, which lists the images that judge it
     beside = file.with_name(PREPROCESS)
     try:
         stack = file_stack(
             file, images, index=index, labels=stated, preprocess=read_preprocess(beside) if beside.is_file() else None,
-            progress=progress,
+            insisted=True, progress=progress,
         )  # fmt: skip
     except UndecidedError as error:
         raise UndecidedError(
@@ -68,10 +70,12 @@ def deployed_recipe(
             "(`fgvc preprocess` writes the likeliest)"
         ) from error
     spec, search = stack.preprocess, stack.search
+    for doubt in stack.doubts if beside.is_file() else ():
+        progress(f"WARNING: {beside}: {doubt}")
     if unseen is not None:
         with_folder(as_in_file(index, stated) if stated is not None else index, unseen, where="--unseen")
     elif seen is None and not index.given_splits:
-        raise NoUnseenImagesError(all_seen(images, OPTIONS, _evidence(file, spec, stated, search, index)))
+        raise NoUnseenImagesError(all_seen(images, OPTIONS, _evidence(file, spec, stack.labels, search, index)))
     tree: dict[str, dict[str, Any]] = {
         "data": {"kind": "auto", "root": str(images.absolute())},
         "image": {"size": list(spec.size)},
@@ -87,9 +91,8 @@ def _fed(spec: Preprocess) -> dict[str, Any]:
     return {key: values[key] for key in Deploy.model_fields if key in values}
 
 
-def _evidence(file: Path, spec: Preprocess, stated: Labels | None, search: FileSearch | None, index: ImageIndex) -> str:
+def _evidence(file: Path, spec: Preprocess, classes: tuple[str, ...], search: FileSearch | None, index: ImageIndex) -> str:
     if search is not None:
         return seen_words(search.search.best.accuracy, search.search.best.loss)
-    assert stated is not None
     session = OnnxSession(file, output=spec.output)
-    return evidence(Classifier(path=file, kind="onnx", classes=stated.names, preprocess=spec, session=session), index)
+    return evidence(Classifier(path=file, kind="onnx", classes=classes, preprocess=spec, session=session), index)

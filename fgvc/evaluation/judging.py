@@ -74,7 +74,8 @@ def select_images(
     elif source is None:
         raise FgvcError(f"which images? Neither side is a run: give --data, {_advice(sides)}")
     elif not deployed or split is not None:
-        images = _of_split(source, split, deployed)
+        apart = split in (None, "test") and not source.index.given_splits and len(source.index.rows("train")) == len(source.index)
+        images = (_recorded(source, sides) if apart else None) or _of_split(source, split, deployed)
     else:
         recorded = _recorded(source, sides) if seen is None else None
         images = recorded or _by_rule(source, source.seen if seen is None else seen, deployed[0])

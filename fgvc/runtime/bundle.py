@@ -38,11 +38,13 @@ REQUIRED: Mapping[str, str] = {  # name -> what it holds
 }
 OPTIONAL: Mapping[str, str] = {
     "explain.onnx": "class activation maps from the same weights, where the head allows it; never the deployed file",
-    "judge.json": "the unseen images that judge a run of a deployed file: paths below its set's folder, with their classes",
+    "judge.json": "the images that judge, where fgvc drew them or they are those that a deployed file has not seen: paths below "
+    "the set's folder, with their classes",
     "calibration.json": "temperature and threshold, fitted on 50 validation images or more",
     "model.int8.onnx": "the same network in int8, if it was asked for and answers alike",
     "model.fp16.onnx": "the same network in half floats, if it was asked for and answers alike",
 }
+JUDGE = "judge.json"
 DEPLOYED_FILE = "deployed file"  # the contract of a bundle whose model.onnx is a deployed file with other weights
 OTHER_CLASSES = "deployed file, other classes"  # the same, with an output of another shape
 Variant = Literal["float", "int8", "fp16"]
@@ -83,7 +85,7 @@ class Bundle(Display):
         self.metrics = read_json(self.folder / "metrics.json", dict)
         self._engines: dict[Variant, Engine] = {}
         self.calibration = _calibration(self.folder) if "calibration.json" in self.files else None
-        self.judge = _judge(self.folder, labels) if "judge.json" in self.files else None
+        self.judge = read_judge(self.folder, labels) if JUDGE in self.files else None
 
     @property
     def model(self) -> Path:
@@ -243,11 +245,13 @@ def _calibration(folder: Path) -> Calibration:
     return validate(Calibration, tree, where=str(folder / "calibration.json"))
 
 
-def _judge(folder: Path, labels: Sequence[str]) -> dict[str, Any]:
-    tree = read_json(folder / "judge.json", dict)
+def read_judge(folder: Path, labels: Sequence[str] | None = None) -> dict[str, Any]:
+    """The images that judge a bundle. Raises FgvcError where they are not those of a bundle, of classes of `labels`."""
+    tree = read_json(folder / JUDGE, dict)
     images = tree.get("images")
-    if not isinstance(tree.get("unseen"), str) or not isinstance(images, dict) or not set(images.values()) <= set(labels):
-        raise FgvcError(f"{folder / 'judge.json'}: expected paths of images with classes of this bundle; export the bundle again")
+    known = isinstance(images, dict) and (labels is None or set(images.values()) <= set(labels))
+    if not isinstance(tree.get("unseen"), str) or not known:
+        raise FgvcError(f"{folder / JUDGE}: expected paths of images with classes of this bundle; export the bundle again")
     return tree
 
 
