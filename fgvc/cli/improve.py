@@ -29,7 +29,7 @@ def improve(
         str,
         typer.Option(
             help="What the file was trained on: train (the set's own train split; a flat folder has none), none (all images are "
-            "newer than the file), or a list of paths."
+            "newer than the file), or a list of paths, or fgvc's bundle with the file."
         ),
     ] = "train",
     unseen: Annotated[

@@ -13,12 +13,14 @@ from fgvc.data.beside import read_folder, with_folder
 from fgvc.data.index import ImageIndex
 from fgvc.data.quality.checks import check
 from fgvc.data.sources.read import read_source
-from fgvc.data.unseen import OPTIONS, Seen, divide_unseen
+from fgvc.data.unseen import FEWEST_TO_CHOOSE, OPTIONS, Seen, divide_unseen
 from fgvc.errors import FgvcError
 from fgvc.io.tables import as_csv
 
 COLUMNS = ("path", "label", "split")
 CHOOSE = 0.15  # share of the images to learn from that is set aside, where no weights have seen them
+NO_VAL = "there is no val split"  # of `check`
+FOLDS = 3  # in which all of these choose in turn, where that share is too few
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +30,7 @@ class Divided:
     index: ImageIndex
     rows: NDArray[np.int64]  # (N,) of the index, ascending: those that are used
     rule: str  # in words
+    folds: int = 1  # of train that choose in turn; 1: val chooses
 
     @property
     def counts(self) -> dict[str, int]:
@@ -44,11 +47,12 @@ class Divided:
     def table(self) -> str:
         """The images as CSV, for `data.kind: csv`."""
         index = self.index
+        groups = index.groups if self.folds > 1 else None  # no fold divides them; val and test are drawn already
         return as_csv(
             [
                 {
                     "path": str(index.paths[row]), "label": index.classes[index.labels[row]],
-                    "split": SPLITS[index.splits[row]],
+                    "split": SPLITS[index.splits[row]], **({} if groups is None else {"group": str(groups[row])}),
                 }
                 for row in self.rows
             ],
@@ -56,9 +60,19 @@ class Divided:
         )  # fmt: skip
 
 
-def divide(root: Path, *, deployed: bool, seen: Seen = "train", unseen: Path | None = None) -> Divided:
+def divide(
+    root: Path,
+    *,
+    deployed: bool,
+    seen: Seen = "train",
+    unseen: Path | None = None,
+    bundle: Path | None = None,
+    in_folds: bool = False,
+) -> Divided:
     """Read a set and divide it. `deployed`: the first weights are a file's, which may have seen it, see `fgvc.data.unseen`;
-    `seen`, `unseen`: what it has seen, and a folder of more images that it has not.
+    `seen`, `unseen`: what it has seen, and a folder of more images that it has not; `bundle`: the file's, which lists the images
+    that judge it: what it has seen where neither these nor the set say that. `in_folds`: where no weights have seen the images,
+    and the share of them that would choose is small, all choose in turn.
 
     Raises FgvcError where a set can't be read or has one class, and NoUnseenImagesError where no image is left to judge.
     """
@@ -66,6 +80,8 @@ def divide(root: Path, *, deployed: bool, seen: Seen = "train", unseen: Path | N
     if len(index.classes) < 2:
         raise FgvcError(f"{root}: {len(index.classes)} class; a classifier needs two")
     given = set(index.given_splits)
+    if bundle is not None and seen == "train" and unseen is None and not given:
+        seen = bundle
     if unseen is not None:
         if seen != "train":
             raise FgvcError(f"--unseen {unseen}: says which images the file has not seen, and --seen {seen} does, too: give one")
@@ -73,7 +89,11 @@ def divide(root: Path, *, deployed: bool, seen: Seen = "train", unseen: Path | N
     elif not deployed or (seen != "train" and not given):
         index = read_source(AutoData(root=root, val_fraction=0.0 if "val" in given else CHOOSE))
     if not deployed:
-        return Divided(index=index, rows=np.arange(len(index)), rule=f"no weights have seen these images; {index.recognised}")
+        folds = 1
+        if in_folds and "val" not in given and len(index.rows("val")) < FEWEST_TO_CHOOSE:
+            folds, index = FOLDS, read_source(AutoData(root=root, val_fraction=0.0))
+        rule = f"no weights have seen these images; {index.recognised}"
+        return Divided(index=index, rows=np.arange(len(index)), rule=rule, folds=folds)
     apart = divide_unseen(index, seen, learned=index.rows("train"), beside=unseen, ways=OPTIONS)
     splits = np.full(len(index), SPLITS.index("train"), np.int8)
     splits[apart.choose], splits[apart.judge] = SPLITS.index("val"), SPLITS.index("test")
@@ -86,4 +106,4 @@ def refuse_faulty(divided: Divided) -> tuple[str, ...]:
     report = check(divided.index)
     if report.errors:
         raise FgvcError("\n".join(report.errors))
-    return report.warnings
+    return tuple(warning for warning in report.warnings if warning != NO_VAL)  # it was divided here

@@ -46,7 +46,8 @@ class Rung:
     what: str  # in words
     settings: Mapping[str, Any]
     epochs: int
-    seconds: float  # that it takes, about
+    seconds: float  # that a run of it takes, about
+    runs: int = 1  # one for each fold
     latest_start: float | None = None  # working time after which it is dropped; None: it is not
     epochs_of: Mapping[str, int] = field(default_factory=dict)  # of FINAL: in as many seconds, where this rung won
 
@@ -70,8 +71,7 @@ class Plan:
     @property
     def seconds(self) -> float:
         """About how long the whole takes, from its first rung on."""
-        rungs = sum(makespan((rung.seconds for rung in self.of(stage)), self.slots) for stage in STAGES)
-        return rungs + self.search + self.shipping
+        return sum(makespan(self.of(stage), self.slots) for stage in STAGES) + self.search + self.shipping
 
     @property
     def record(self) -> dict[str, Any]:
@@ -137,10 +137,10 @@ def teacher_run(task: Task) -> dict[str, Any]:
     }
 
 
-def makespan(seconds: Iterable[float], slots: int) -> float:
-    """How long jobs take, the longest first, `slots` at a time."""
+def makespan(rungs: Iterable[Rung], slots: int) -> float:
+    """How long the runs of rungs take, the longest first, `slots` at a time."""
     busy = [0.0] * slots
-    for cost in sorted(seconds, reverse=True):
+    for cost in sorted((rung.seconds for rung in rungs for _ in range(rung.runs)), reverse=True):
         least = busy.index(min(busy))
         busy[least] += cost
     return max(busy)
@@ -226,11 +226,12 @@ class _Draft:
     def seconds(self, epochs: int, full: int | None = None) -> float:
         """Of all stages, where each rung has `epochs` and what ships `full` (default: as many)."""
         rungs = self.rungs(epochs, full or epochs)
-        return sum(makespan((rung.seconds for rung in rungs if rung.stage == stage), self.slots) for stage in STAGES)
+        return sum(makespan((rung for rung in rungs if rung.stage == stage), self.slots) for stage in STAGES)
 
     def rungs(self, epochs: int, full: int) -> tuple[Rung, ...]:
         rungs = (*self._probes(), *self._tuned(epochs), *self._student(epochs), *self._shipped(full))
-        alone = {stage for stage in STAGES if sum(rung.stage == stage for rung in rungs) == 1} if self.slots > 1 else set()
+        runs = {stage: sum(rung.runs for rung in rungs if rung.stage == stage) for stage in STAGES}
+        alone = {stage for stage in STAGES if runs[stage] == 1} if self.slots > 1 else set()
         return tuple(replace(rung, seconds=ALONE * rung.seconds) if rung.stage in alone else rung for rung in rungs)
 
     def _cost(self, timing: Timing, epochs: int, *, learn: int, choose: int = 0, fits: bool = False) -> float:
@@ -241,8 +242,7 @@ class _Draft:
     def _probes(self) -> list[Rung]:
         """Fitted heads on the features of all first weights, the deployed file's own among them, where that is cheap."""
         starts = [{"name": "deployed", "weights": "deployed"}] if self.task.file is not None else []
-        counts = self.task.counts
-        seconds = self._cost(self.timings[BASE], 0, learn=counts["train"], choose=counts["val"], fits=True)
+        seconds = self._cost(self.timings[BASE], 0, learn=self.task.to_learn, choose=self.task.to_choose, fits=True)
         rungs = [
             Rung(
                 name=f"probe-{start['name']}", stage="probe", what=f"a head fitted to the features of {start['name']}", epochs=0,
@@ -250,11 +250,11 @@ class _Draft:
             )
             for start in (*starts, *self.task.starts)
         ]  # fmt: skip
-        cheap = makespan((rung.seconds for rung in rungs), self.slots) <= PROBE_SHARE * self.budget
+        cheap = makespan(rungs, self.slots) <= PROBE_SHARE * self.budget
         return rungs if self.task.chooses and cheap else []
 
     def _tuned(self, epochs: int) -> list[Rung]:
-        task, counts = self.task, self.task.counts
+        task = self.task
         teacher = task.teachers[0]["backbone"] if task.teachers else "its own first weights"
         kinds: dict[str, tuple[str, Mapping[str, Any]]] = {BASE: ("the plain recipe", {})}
         kinds |= {entry["name"]: (entry["what"], entry["settings"]) for entry in portfolio()}
@@ -263,9 +263,9 @@ class _Draft:
             kinds[TEACHER] = f"{teacher}, tuned by the base to teach", teacher_run(task)
         return [
             Rung(
-                name=name, stage="tune", what=what, settings=settings, epochs=epochs,
+                name=name, stage="tune", what=what, settings=settings, epochs=epochs, runs=task.folds,
                 seconds=self._cost(
-                    self.timings[name], epochs, learn=counts["train"], choose=counts["val"], fits=name == TEACHER
+                    self.timings[name], epochs, learn=task.to_learn, choose=task.to_choose, fits=name == TEACHER
                 ),
             )
             for name, (what, settings) in kinds.items() if name in self.names
@@ -274,14 +274,13 @@ class _Draft:
     def _student(self, epochs: int) -> list[Rung]:
         if STUDENT not in self.names:
             return []
-        more = len(self.task.unlabelled)
-        by = f"the tuned {self.task.teachers[0]['backbone']}" if TEACHER in self.names else "the runs before it"
-        counts = self.task.counts
-        seconds = self._cost(self._student_timing, epochs, learn=counts["train"] + more, choose=counts["val"])
+        task, more = self.task, len(self.task.unlabelled)
+        by = f"the tuned {task.teachers[0]['backbone']}" if TEACHER in self.names else "the runs before it"
+        seconds = self._cost(self._student_timing, epochs, learn=task.to_learn + more, choose=task.to_choose)
         what = f"the best of these, taught by {by}"
         return [
             Rung(
-                name=STUDENT, stage="teach", what=what, settings={}, epochs=epochs,
+                name=STUDENT, stage="teach", what=what, settings={}, epochs=epochs, runs=task.folds,
                 seconds=seconds + more * self.timings[BASE].look,
             )
         ]  # fmt: skip
@@ -346,9 +345,9 @@ def unchosen(task: Task, timings: Mapping[str, Timing]) -> dict[str, Any]:
 
 def _with_latest_starts(plan: Plan) -> Plan:
     """The plan with the working time by which each rung must begin, so that what ships still fits."""
-    ship = makespan((rung.seconds for rung in plan.of("ship")), plan.slots)
-    end = plan.budget - plan.shipping - ship - plan.search
+    end = plan.budget - plan.shipping - makespan(plan.of("ship"), plan.slots) - plan.search
     rungs = [
-        rung if rung.stage == "ship" else replace(rung, latest_start=max(0.0, end - rung.seconds)) for rung in plan.rungs
+        rung if rung.stage == "ship" else replace(rung, latest_start=max(0.0, end - makespan([rung], plan.slots)))
+        for rung in plan.rungs
     ]
     return replace(plan, rungs=tuple(rungs))

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from fgvc.api import interpolate
 from fgvc.errors import FgvcError
-from fgvc.evaluation.paired import paired_gain
+from fgvc.evaluation.paired import beats
 from fgvc.improvement.clock import Clock
 from fgvc.improvement.ladder import (
     BASE,
@@ -46,7 +46,7 @@ from fgvc.runtime.bundle import read_json
 from fgvc.training.interpolate import right_by_share
 
 Status = Literal["done", "dropped", "failed"]
-LEVEL = 0.6827  # of the interval that a choice must leave: one standard error (Breiman et al. 1984, section 3.4.3)
+UNCHOSEN_SHARE = 0.8  # of the way, best in the mean of three deployed files at 3e-4 (benchmarks/improve/rates.csv)
 IS_PLAIN = "what ships is the plain recipe"
 LEAST_FREE = 100 * 2**20  # bytes of the disk: with less a failure is taken for one of space
 BETWEEN = "between"  # of the net between a run's start and its end that the images that choose like best
@@ -72,6 +72,7 @@ class Outcome:
 
 class Ladder:
     """The rungs of a plan in a folder, and what became of them: `recipes/NAME.yaml`, `runs/NAME`, `logs/NAME.log`, `rungs.json`.
+    A rung whose images choose in folds has a run for each, NAME-fold0 and so on.
 
     What was decided is read from `rungs.json` by the next session, which so decides the same."""
 
@@ -89,6 +90,7 @@ class Ladder:
         self.choices: dict[str, Any] = stored["choices"]
         self.flips = flips
         self._answers: dict[str, dict[float, NDArray[np.bool_]]] = {}  # see `_points`
+        self._ended: dict[str, list[Ended]] = {}  # of a rung's runs, in this session
 
     def climb(self) -> None:
         """Run all stages. Raises FgvcError where nothing is left that could ship; KeyboardInterrupt after saving."""
@@ -117,8 +119,20 @@ class Ladder:
     def run(self, name: str) -> Path:
         return self.out / "runs" / name
 
-    def settings(self, name: str) -> Tree:
-        """What a rung has over the task's recipe."""
+    def runs(self, rung: Rung) -> list[str]:
+        """The names of a rung's runs: one for each fold."""
+        return [rung.name] if rung.runs == 1 else [f"{rung.name}-fold{fold}" for fold in range(rung.runs)]
+
+    def _runs_of(self, name: str) -> list[str]:
+        """The same of a rung's name, or of a trial's, which is one run."""
+        return next((self.runs(rung) for rung in self.plan.rungs if rung.name == name), [name])
+
+    def first_run(self, name: str) -> Path:
+        """A rung's run; of those of folds the first."""
+        return self.run(self._runs_of(name)[0])
+
+    def settings(self, name: str, fold: int = 0) -> Tree:
+        """What a rung has over the task's recipe. `fold`: whose teachers a student has."""
         if name == self.choices.get("searched") and name.startswith("trial-"):
             return self.choices["trial"]
         rung = next(rung for rung in self.plan.rungs if rung.name == name)
@@ -128,7 +142,7 @@ class Ladder:
             return merged(self._start, rung.settings)
         if name == STUDENT:
             named = {"data": {"file": str(self._named)}} if self.task.unlabelled else {}
-            return merged(self.settings(self.choices["best"]), distilled(self._teachers()), named)
+            return merged(self.settings(self.choices["best"]), distilled(self._teachers(fold)), named)
         own = self._start if self.best is None else self.settings(self.best)
         alone = PLAIN in self.outcomes and self.outcomes[PLAIN].reason == IS_PLAIN
         return merged(own, rung.settings, {"train": {"floor": True}} if alone else {})  # else it is the plain run's
@@ -139,10 +153,12 @@ class Ladder:
         start = self.choices.get("start", BASE)
         return {} if start == BASE else {"model": self.settings(start)["model"]}
 
-    def _teachers(self) -> list[Tree]:
-        """Of the student: the tuned teacher, else the average of the runs so far; and the deployed file where flips cost."""
+    def _teachers(self, fold: int) -> list[Tree]:
+        """Of the student: the tuned teacher, else the average of the runs so far; and the deployed file where flips cost. All
+        have seen what the student of that fold sees."""
         names = [TEACHER] if self.has_run(TEACHER) else [rung.name for rung in self.plan.of("tune") if self.has_run(rung.name)]
-        runs = [{"kind": "run", "path": str(self._at(name, self.share(name)).absolute())} for name in names]
+        shares = {self._runs_of(name)[fold]: self.share(name) for name in names}
+        runs = [{"kind": "run", "path": str(self._at(run, share).absolute())} for run, share in shares.items()]
         return [*runs, *old_teachers(self.task)]
 
     @property
@@ -154,7 +170,7 @@ class Ladder:
         """Name the images without labels, by the tuned teacher or else the best run."""
         if self.task.unlabelled and STUDENT not in self.outcomes and not self._named.is_file():
             teacher = TEACHER if self.has_run(TEACHER) else self.choices["best"]
-            place = self._at(teacher, self.share(teacher))
+            place = self._at(teacher, self.share(teacher))  # such a ladder has no folds
             count = write_named(self.task.unlabelled, place, self.out / "images.csv", self._named)
             self.say(f"{teacher} names {count} of the {len(self.task.unlabelled)} images without labels, the others are left out")
 
@@ -167,7 +183,7 @@ class Ladder:
         rungs = self.plan.of(stage)
         left = [rung for rung in rungs if rung.name not in self.outcomes]
         for rung in left:
-            begun, latest = self.run(rung.name).exists(), rung.latest_start
+            begun, latest = any(self.run(name).exists() for name in self.runs(rung)), rung.latest_start
             if not begun and latest is not None and self.clock.seconds > latest:
                 self._set(rung.name, Outcome(status="dropped", reason="it would have started too late"))
         left = [rung for rung in left if rung.name not in self.outcomes]
@@ -176,32 +192,39 @@ class Ladder:
         return [rung.name for rung in rungs if self.has_run(rung.name)]
 
     def _run_side_by_side(self, stage: Stage, rungs: Sequence[Rung]) -> None:
-        ends = [rung.latest_start + rung.seconds for rung in rungs if rung.latest_start is not None]
+        slots = self.plan.slots
+        ends = [rung.latest_start + makespan([rung], slots) for rung in rungs if rung.latest_start is not None]
         latest = max(ends, default=1.1 * self.plan.budget - self.plan.shipping)  # what ships can be a little late
-        jobs = [self._job(rung) for rung in rungs]
+        self._ended = {rung.name: [] for rung in rungs}
+        rung_of = {name: rung for rung in rungs for name in self.runs(rung)}
+        jobs = [self._job(rung, fold) for rung in rungs for fold in range(rung.runs)]
         # Decided when the stage begins: a rung that goes on with another number of threads ends with other bits.
-        together = self.choices.setdefault("together", {}).setdefault(stage, min(self.plan.slots, len(rungs)))
+        together = self.choices.setdefault("together", {}).setdefault(stage, min(slots, len(jobs)))
         self._store()
         self.pool.run(
-            jobs, slots=together, until=lambda: self.clock.seconds > latest, tick=self.tick, done=self._note
-        )
+            jobs, slots=together, until=lambda: self.clock.seconds > latest, tick=self.tick,
+            done=lambda ended: self._note(ended, rung_of[ended.job.name]),
+        )  # fmt: skip
         for rung in rungs:
             if rung.name not in self.outcomes:
                 self._set(rung.name, Outcome(status="dropped", reason="the time was up before it began"))
 
-    def _note(self, ended: Ended) -> None:
-        """Record how a rung ended. Raises FgvcError where the disk is full: no fault of the rung's, it goes on later."""
-        name = ended.job.name
-        if ended.stopped:
-            self._set(name, Outcome(status="dropped", reason=ended.message, seconds=ended.seconds))
-        elif ended.code and self._is_full(ended.message):
+    def _note(self, ended: Ended, rung: Rung) -> None:
+        """Record how a rung ended, once all of its runs have. Raises FgvcError where the disk is full: no fault of the rung's, it
+        goes on later."""
+        if ended.code and not ended.stopped and self._is_full(ended.message):
             raise FgvcError(f"{self.out}: its disk is full: {ended.message}")
-        elif ended.code:
-            self._set(name, Outcome(status="failed", reason=ended.message, seconds=ended.seconds))
+        runs = self._ended[rung.name]
+        runs.append(ended)
+        if len(runs) < rung.runs:
+            return
+        if bad := sorted((run for run in runs if run.stopped or run.code), key=lambda run: run.stopped):
+            status: Status = "dropped" if bad[0].stopped else "failed"
+            self._set(rung.name, Outcome(status=status, reason=bad[0].message, seconds=sum(run.seconds for run in runs)))
         else:
-            right, seconds = self._right_of(name), self._seconds(name, ended.seconds)
-            share = self.share(name)
-            self._set(name, Outcome(status="done", right=int(right.sum()), of=len(right), seconds=seconds, share=share))
+            right, seconds = self._right_of(rung.name), sum(self._seconds(run.job.name, run.seconds) for run in runs)
+            share = self.share(rung.name)
+            self._set(rung.name, Outcome(status="done", right=int(right.sum()), of=len(right), seconds=seconds, share=share))
 
     def _is_full(self, message: str) -> bool:
         """Whether a process that failed did so for want of space: on the disk, or of the user's quota."""
@@ -212,16 +235,18 @@ class Ladder:
         """Seconds of a run's training, over all sessions, where they are more than this session's."""
         return round(max(seconds, checkpoint.read_progress(self.run(name) / "ckpt").seconds), 1)
 
-    def _job(self, rung: Rung) -> Job:
-        """Write a rung's recipe; return the process that trains it."""
-        path = self.out / "recipes" / f"{rung.name}.yaml"
+    def _job(self, rung: Rung, fold: int) -> Job:
+        """Write the recipe of a rung's run; return the process that trains it."""
+        name = self.runs(rung)[fold]
+        path = self.out / "recipes" / f"{name}.yaml"
         epochs = self.epochs(rung)
         length = {"train": {"epochs": epochs, "validate_every": epochs}} if epochs else {}
-        write_recipe(self._recipe(self.settings(rung.name), length), path)
-        words = ["train", str(path), str(self.run(rung.name))]
+        held_out = {"data": {"fold": [fold, rung.runs]}} if rung.runs > 1 else {}
+        write_recipe(self._recipe(self.settings(rung.name, fold), length, held_out), path)
+        words = ["train", str(path), str(self.run(name))]
         if self.task.chooses and rung.stage in ("tune", "teach"):
-            words.append(str(self.run(f"{rung.name}-{BETWEEN}")))
-        return Job(rung.name, tuple(words), self.out / "logs" / f"{rung.name}.log")
+            words.append(str(self.run(f"{name}-{BETWEEN}")))
+        return Job(name, tuple(words), self.out / "logs" / f"{name}.log")
 
     def _recipe(self, *settings: Tree) -> dict[str, Any]:
         return recipe_of(self.task.recipe, merged({"train": {"precision": self.plan.precision}}, *settings))
@@ -248,7 +273,7 @@ class Ladder:
             return
         best = names[0]
         for name in names[1:]:
-            if wins(self._right(name), self._right(best)):
+            if beats(self._right(name), self._right(best)):
                 best = name
         self.choices[what] = best
         self._store()
@@ -259,7 +284,7 @@ class Ladder:
             return
         best = self.choices.get("student", self.choices["best"])
         rung = next(rung for rung in self.plan.rungs if rung.name == best)
-        ship = makespan((rung.seconds for rung in self.plan.of("ship")), self.plan.slots)
+        ship = makespan(self.plan.of("ship"), self.plan.slots)
         left = self.plan.budget - self.plan.shipping - ship - self.clock.seconds
         recipe = self._recipe(self.settings(best))
         space = Space(recipe=recipe, epochs=rung.epochs, seconds=rung.seconds, deadline=time.time() + left)
@@ -272,7 +297,7 @@ class Ladder:
         trial = best_trial(self.out, seed)
         if trial is not None and not (between := self.run(f"{trial[0]}-{BETWEEN}")).exists():
             interpolate(self.run(trial[0]), between)
-        if trial is not None and wins(self._right(trial[0]), self._right(best)):
+        if trial is not None and beats(self._right(trial[0]), self._right(best)):
             self.choices |= {"searched": trial[0], "trial": merged(self.settings(best), trial[1])}
         else:
             self.choices["searched"] = best
@@ -298,9 +323,14 @@ class Ladder:
         return max(points, key=lambda share: (points[share].sum(), -share), default=1.0)
 
     def _points(self, name: str) -> dict[float, NDArray[np.bool_]]:
-        """Of each share of the way: a run's answers to the images that choose; of one without a way those of its end."""
+        """Of each share of the way: a rung's answers to the images that choose, those of its folds in turn; of one without a way
+        those of its end."""
         if name not in self._answers:
-            self._answers[name] = right_by_share(self.run(f"{name}-{BETWEEN}")) or {1.0: right_on_choose(self.run(name))}
+            runs = self._runs_of(name)
+            ways = [right_by_share(self.run(f"{run}-{BETWEEN}")) for run in runs]
+            shares = [share for share in ways[0] if all(share in way for way in ways)]
+            ways = ways if shares else [{1.0: right_on_choose(self.run(run))} for run in runs]
+            self._answers[name] = {share: np.concatenate([way[share] for way in ways]) for share in shares or [1.0]}
         return self._answers[name]
 
     def _at(self, name: str, share: float) -> Path:
@@ -317,9 +347,9 @@ class Ladder:
 
     def _ship(self) -> None:
         """Train the best again, on the images that chose as well, which then ships by rule, as far from its start as the best was
-        best; and the plain recipe beside it."""
+        best; and the plain recipe beside it. Where none chose, as far as was best elsewhere."""
         if "share" not in self.choices:
-            self.choices["share"] = 1.0 if self.best is None else self.share(self.best)
+            self.choices["share"] = UNCHOSEN_SHARE if self.best is None else self.share(self.best)
         share = self.choices["share"]
         is_plain = self.best == BASE and not self._start and share == 1
         if is_plain and PLAIN not in self.outcomes and self.plan.of("ship")[-1].name == PLAIN:
@@ -330,14 +360,8 @@ class Ladder:
         ships = FINAL if self.has_run(FINAL) else best
         if ships is None:
             raise FgvcError(f"{self.run(FINAL)}: {self.outcomes[FINAL].reason}, and nothing else could ship; give more --budget")
-        self.choices["ships"] = self._at(ships, share).name
+        self.choices["ships"] = self._at(self.first_run(ships).name, share).name
         self._store()
-
-
-def wins(new: NDArray[np.bool_], old: NDArray[np.bool_]) -> bool:
-    """Whether a more costly rung is better than a simpler one on the same images (N,), by more than one standard error."""
-    _, low, _ = paired_gain(old, new, level=LEVEL)
-    return low > 0
 
 
 def right_on_choose(run: Path) -> NDArray[np.bool_]:

@@ -18,23 +18,25 @@ from fgvc.config.shipped import recipe_file
 from fgvc.data.deployed import PREPROCESS
 from fgvc.data.unseen import Seen
 from fgvc.errors import FgvcError, UndecidedError
-from fgvc.evaluation.file_stack import OtherOrderError, UndecidedStackError, file_stack
+from fgvc.evaluation.file_stack import DeniedStackError, OtherOrderError, UndecidedStackError, file_stack
 from fgvc.exporting.inspect import Inspection, inspect_file
 from fgvc.images.preprocess import described
 from fgvc.improvement.images import Divided, divide, refuse_faulty
 from fgvc.improvement.recipes import recipe_of
 from fgvc.improvement.unlabelled import list_unlabelled
+from fgvc.improvement.verdict import least_gain
 from fgvc.io.files import as_json, make_folder, write_atomic
 from fgvc.io.names import few
 from fgvc.models.backbone import plain_model, pretrained_cfg, refuse_unknown
 from fgvc.models.weights import is_packaged
 from fgvc.runs import deployed
-from fgvc.runtime.bundle import read_json, read_labels, read_preprocess
+from fgvc.runtime.bundle import JUDGE, read_json, read_labels, read_preprocess
 from fgvc.runtime.description import describe
 from fgvc.runtime.labels import Labels, labels_of
 from fgvc.studies.candidate import start_model
 
 BASE = "any/plain"
+MUCH = 0.02  # of a gain, below which none can be shown
 SEARCH_SHARE = 1 / 8  # of the budget, for the search of a preprocessing that nobody remembers
 Say = Callable[[str], None]
 
@@ -79,9 +81,9 @@ class Request:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What a resumed command must ask for again; more time may be given."""
-        asked = {key: value for key, value in asdict(self).items() if key != "budget"}
-        return {key: str(value) if isinstance(value, Path) else value for key, value in asked.items()}
+        """What a resumed command must ask for again, from whatever folder; more time may be given."""
+        asked = {key: value for key, value in asdict(self).items() if key != "budget"} | {"target": self.file or self.target}
+        return {key: str(value.absolute()) if isinstance(value, Path) else value for key, value in asked.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,11 +102,22 @@ class Task:
     keeps_answers: bool = False  # whether the deployed file teaches, too, so that fewer of its right answers are lost
     unlabelled: tuple[str, ...] = ()  # paths of more images, that a teacher names
     notes: tuple[str, ...] = field(default=())
+    folds: int = 1  # of the images to learn from, which choose in turn: a rung is a run for each; 1: val chooses
 
     @property
     def chooses(self) -> bool:
         """Whether there are images that choose between rungs."""
-        return self.counts["val"] > 0
+        return self.counts["val"] > 0 or self.folds > 1
+
+    @property
+    def to_learn(self) -> int:
+        """Images that a run learns from before the choice."""
+        return self.counts["train"] - self.to_choose if self.folds > 1 else self.counts["train"]
+
+    @property
+    def to_choose(self) -> int:
+        """Images that score such a run."""
+        return self.counts["train"] // self.folds if self.folds > 1 else self.counts["val"]
 
     @property
     def size(self) -> tuple[int, int]:
@@ -113,9 +126,17 @@ class Task:
         return height, width
 
     def lines(self) -> list[str]:
-        what = f"{self.name}, {len(self.classes)} classes" + (f", a {self.twin} of timm's" if self.twin else "")
-        counts = f"{self.counts['train']} images to learn from, {self.counts['val']} choose, {self.counts['test']} judge"
-        return [what, *(f"warning: {note}" for note in self.notes), f"{counts}: {self.rule}"]
+        height, width = self.size
+        what = f"{self.name}, {len(self.classes)} classes, " + (
+            f"at {height} x {width} pixels" if self.file is not None else f"at {height} x {width} pixels (--size for others)"
+        )
+        what += f", a {self.twin} of timm's" if self.twin and self.file is not None else ""
+        choose = f"which choose in {self.folds} folds" if self.folds > 1 else f"{self.counts['val']} choose"
+        counts = f"{self.counts['train']} images to learn from, {choose}, {self.counts['test']} judge"
+        least = least_gain(self.counts["test"])
+        few_judge = f"so few images that judge can show no gain below {100 * least:.1f} points"
+        doubts = [*self.notes, *([few_judge] if least > MUCH else [])]
+        return [what, f"{counts}: {self.rule}", *(f"warning: {doubt}" for doubt in doubts)]
 
 
 def look(request: Request, out: Path, say: Say) -> Task:
@@ -193,8 +214,9 @@ def _of_file(request: Request, file: Path, models: Sequence[Model], out: Path, s
     if request.labels is not None and stated is not None and read_labels(request.labels) != stated.names:
         raise FgvcError(f"--labels {request.labels}: {stated.source} says otherwise; leave the option out, or mend that")
     labels = Labels(read_labels(request.labels), f"--labels {request.labels}") if request.labels is not None else stated
+    bundle = file.parent if file.with_name(JUDGE).is_file() else None
     divided, (fed, inspection) = _several(
-        lambda: divide(request.data, deployed=True, seen=request.seen, unseen=request.unseen),
+        lambda: divide(request.data, deployed=True, seen=request.seen, unseen=request.unseen, bundle=bundle),
         lambda: _inspected(request, file, labels),
     )
     if not inspection.agrees:
@@ -286,8 +308,15 @@ def _stack(
     try:
         stack = file_stack(
             file, request.data, index=divided.unjudged, labels=labels, preprocess=fed, size=request.size,
-            output=inspection.output, seconds=min(100.0, SEARCH_SHARE * request.budget),
+            output=inspection.output, insisted=request.preprocess is not None,
+            seconds=min(100.0, SEARCH_SHARE * request.budget),
         )  # fmt: skip
+    except DeniedStackError as error:
+        likeliest = _left(out / "preprocess.found.json", as_json(error.spec.model_dump(mode="json")))
+        beside = file.with_name(PREPROCESS)
+        raise FgvcError(
+            f"{error}\n{likeliest} has the latter; mend {beside} by it, or insist on that: --preprocess {beside}"
+        ) from error
     except UndecidedStackError as error:
         likeliest = _left(out / "preprocess.found.json", as_json(error.spec.model_dump(mode="json")))
         raise UndecidedError(
@@ -297,8 +326,10 @@ def _stack(
         likeliest = _left(out / "labels.found.txt", "".join(f"{name}\n" for name in error.labels))
         advice = "give it as --labels" if labels is None or request.labels is not None else f"mend {labels.source} by it"
         raise FgvcError(f"{error}\n{likeliest} has the likeliest order of the labels; look at it, and {advice}") from error
-    for line in [] if stack.search is None else stack.search.lines():
-        say(line)
+    if stack.search is not None:
+        say("\n".join(stack.search.lines()))
+    elif labels is None:
+        say(f"labels: nothing states their order; by its answers: {few(stack.labels)}")
     return stack.preprocess, stack.labels, stack.doubts
 
 
@@ -308,7 +339,8 @@ def _of_name(request: Request, models: Sequence[Model], out: Path, say: Say) -> 
         raise FgvcError("--labels, --preprocess and --seen are of a deployed file, and the first argument is a net's name")
     if request.unseen is not None:
         raise FgvcError("--unseen: is of a deployed file; no weights have seen these images")
-    divided = divide(request.data, deployed=False)
+    in_folds = request.unlabelled is None and not request.search  # which need one division
+    divided = divide(request.data, deployed=False, in_folds=in_folds)
     warnings = refuse_faulty(divided)
     own = next((model for model in models if model.backbone == request.target), None)
     weights = own.weights if own is not None else "packaged" if is_packaged(request.target) else "hub"
@@ -330,6 +362,7 @@ def _of_name(request: Request, models: Sequence[Model], out: Path, say: Say) -> 
         teachers=_teachers(model for model in models if model is not own),
         unlabelled=_unlabelled(request, divided, say),
         notes=warnings,
+        folds=divided.folds,
     )
 
 

@@ -33,6 +33,7 @@ class Verdict:
     broken: int
     would_decide: int | None  # images that would show this gain; None: it is shown, or there is none
     others: Mapping[str, float]  # accuracy of the plain recipe, the floor ...
+    deployed: bool = True  # whether the old one is a deployed file; False: the plain recipe of a net without one
 
     @property
     def gain(self) -> float:
@@ -46,19 +47,24 @@ class Verdict:
         """The verdict for people."""
         moved = f"{100 * self.old:.1f} % to {100 * self.new:.1f} % on {self.images} images that it has not seen"
         interval = f"({100 * self.gain:+.1f} points, 95 % interval {100 * self.low:+.1f} to {100 * self.high:+.1f})"
+        more = f" About {self.would_decide:,} images would show a gain of this size." if self.would_decide else ""
+        if not self.deployed and not self.failures:
+            shown = "Better than" if self.better else "Not shown to be better than"
+            rest = "" if self.better else f" The latter is proved, and may be used all the same.{more}"
+            return f"{shown} the plain recipe of {name}: from {moved} {interval}.{rest}"
         if self.better:
             return f"Better: {name} goes from {moved} {interval}."
         if self.failures:
             return f"Not shipped: from {moved} {interval}, but {'; '.join(self.failures)}."
-        more = f" About {self.would_decide:,} images would show a gain of this size." if self.would_decide else ""
         return f"No better file is shown: from {moved} {interval}.{more}"
 
 
-def judge(pair: Paired, gate: Gate, others: Mapping[str, NDArray[np.bool_]]) -> Verdict:
+def judge(pair: Paired, gate: Gate, others: Mapping[str, NDArray[np.bool_]], *, deployed: bool = True) -> Verdict:
     """Judge B, the new classifier, against A, the deployed one. It is better where the interval of the gain lies above 0, as
-    McNemar's exact test says too, and all gates hold. `others`: whether other classifiers name each image rightly."""
+    McNemar's exact test says too, and all gates hold. `others`: whether other classifiers name each image rightly; `deployed`: as
+    of `Verdict`."""
     failures = tuple(gate.failures(pair))
-    shown = pair.low > 0 and pair.p < ALPHA
+    shown = _shown(int(pair.positive.sum()), int(pair.negative.sum()), pair.images)
     return Verdict(
         better=shown and not failures,
         failures=failures,
@@ -72,7 +78,18 @@ def judge(pair: Paired, gate: Gate, others: Mapping[str, NDArray[np.bool_]]) -> 
         broken=int(pair.negative.sum()),
         would_decide=None if shown else images_that_would_decide(pair),
         others={name: float(right.mean()) for name, right in others.items()},
+        deployed=deployed,
     )
+
+
+def _shown(wins: float, losses: float, images: float) -> bool:
+    """Whether so many repaired and broken images show a gain."""
+    return gain_interval(wins, losses, images)[0] > 0 and binomtest(round(wins), round(wins + losses)).pvalue < ALPHA
+
+
+def least_gain(images: int) -> float:
+    """The smallest gain, a share in [0,1], that so many images can show: where none is broken. More than 1: none."""
+    return next((wins for wins in range(1, images + 1) if _shown(wins, 0, images)), images + 1) / images
 
 
 def images_that_would_decide(pair: Paired) -> int | None:
@@ -81,8 +98,7 @@ def images_that_would_decide(pair: Paired) -> int | None:
     wins, losses, images = int(pair.positive.sum()), int(pair.negative.sum()), pair.images
 
     def shown(times: float) -> bool:
-        low, _ = gain_interval(wins * times, losses * times, images * times)
-        return low > 0 and binomtest(round(wins * times), round((wins + losses) * times)).pvalue < ALPHA
+        return _shown(wins * times, losses * times, images * times)
 
     if wins <= losses or not shown(MOST):
         return None

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fgvc.improvement.clock import Clock
-from fgvc.improvement.ladder import Plan
+from fgvc.improvement.ladder import Plan, makespan
 from fgvc.improvement.side_by_side import Job
 from fgvc.io.files import append
 from fgvc.io.jsonl import objects
@@ -56,7 +56,7 @@ class View:
             table.add_column(column, justify="right" if column in ("epochs", "about", "starts by") else "left")
         for rung in plan.rungs:
             latest = "" if rung.latest_start is None else duration(rung.latest_start)
-            table.add_row(rung.name, str(rung.epochs or ""), duration(rung.seconds), latest, rung.what)
+            table.add_row(rung.name, str(rung.epochs or ""), duration(makespan([rung], plan.slots)), latest, rung.what)
         self._console.print(table)
         self.say(
             f"about {duration(plan.seconds)} of {duration(plan.budget)}, "
@@ -93,7 +93,8 @@ class View:
     def _state(self, job: Job) -> str:
         """How far a run is."""
         assert self._ladder is not None
-        rung = next((rung for rung in self._ladder.plan.rungs if rung.name == job.name), None)
+        ladder = self._ladder
+        rung = next((rung for rung in ladder.plan.rungs if job.name in ladder.runs(rung)), None)
         log = self._ladder.run(job.name) / "events.jsonl"
         if rung is None or not log.is_file():
             return "starts"

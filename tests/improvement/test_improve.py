@@ -6,13 +6,16 @@ import csv
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import timm
 from PIL import Image
+from safetensors.torch import save_file
 
 from fgvc import api
 from fgvc.cli.app import main
@@ -26,9 +29,11 @@ from fgvc.improvement.rungs import right_on_choose
 from fgvc.improvement.side_by_side import Ended, Job, Workers
 from fgvc.improvement.task import Request, look
 from fgvc.improvement.view import View
+from fgvc.improvement.work import Timing
+from fgvc.runs.images import read_index
 from fgvc.runtime.bundle import read_preprocess
 from fgvc.runtime.description import describe
-from tests.improvement.conftest import NAMES, planned, request_for
+from tests.improvement.conftest import NAMES, SPEC, planned, request_for
 from tests.trained import copied
 
 
@@ -145,6 +150,48 @@ def test_a_budget_that_ends_while_steps_are_timed(
     with pytest.raises(FgvcError, match="--budget: 10 min are over before a single step is timed"):
         run_improvement(request_for(deployed, pictures), tmp_path / "better")
     assert "base is left out: its time was up" in (tmp_path / "better" / "improve.log").read_text()
+
+
+def test_timing_ends_at_a_quarter_of_the_budget_but_for_the_base(
+    deployed: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "better"
+
+    def run(
+        pool: Workers, jobs: Sequence[Job], *, done: Callable[[Ended], None], until: Callable[[], bool], **options: object
+    ) -> None:
+        assert not until()
+        timing = Timing(start=5, step=0.01, batch=32, look=0.001, peak_bytes=10**8, device="cpu")
+        jobs[0].log.parent.mkdir(parents=True)
+        jobs[0].log.write_text(json.dumps(asdict(timing)))
+        done(Ended(jobs[0], 0, False, 200.0))
+        assert until()
+        for job in jobs[1:]:
+            done(Ended(job, -15, True, 200.0))
+
+    monkeypatch.setattr(Workers, "run", run)
+    out.mkdir()
+    (out / "clock.json").write_text('{"seconds": 200}')
+    result = run_improvement(request_for(deployed, pictures), out, dry_run=True)
+    assert [rung.name for rung in result.plan.rungs] == ["probe-deployed", "base", "final"]
+
+
+def test_a_preprocessing_that_the_answers_deny_is_no_start(
+    better: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the trained file, which knows these pictures. Who insists is believed, and the doubt is kept."""
+    wrong = {"input_range": 255, "mean": [128.0] * 3, "std": [40.0] * 3}
+    shutil.copy(better / "bundle" / "model.onnx", tmp_path)
+    (tmp_path / "labels.txt").write_text("\n".join(NAMES))
+    (tmp_path / "preprocess.json").write_text(json.dumps(SPEC | wrong))
+    request = request_for(tmp_path / "model.onnx", pictures)
+    words = r"(?s)where they are prepared as stated.*input_range 1 for 255.*insist on that: --preprocess"
+    with pytest.raises(FgvcError, match=words):
+        look(request, tmp_path / "better", lambda line: None)
+    found = json.loads((tmp_path / "better" / "preprocess.found.json").read_text())
+    assert found["input_range"] == 1
+    task = look(replace(request, preprocess=tmp_path / "preprocess.json"), tmp_path / "insisted", lambda line: None)
+    assert "where they are prepared as stated" in task.notes[0]
 
 
 def test_a_flat_folder_is_exit_code_4(deployed: Path, pictures: Path, tmp_path: Path) -> None:
@@ -314,6 +361,29 @@ def test_interrupted_in_a_rung_it_goes_on_and_ends_with_the_same(
     assert verdicts[0] == verdicts[1]
     weights = [(folder / "bundle" / "model.onnx").read_bytes() for folder in (better, out)]
     assert weights[0] == weights[1]
+
+
+def test_a_net_without_a_file_is_chosen_by_all_images_where_they_are_few(few: Path, tmp_path: Path) -> None:
+    """Cross-validation: each image is scored once, by a run that has not learned from it; what ships has learned from all."""
+    save_file(timm.create_model("test_resnet", num_classes=7).state_dict(), tmp_path / "w.safetensors")
+    start = f"test_resnet={tmp_path / 'w.safetensors'}"
+    request = Request(target="test_resnet", data=few, budget=600, starts=(start,), size=(32, 32))
+    out = tmp_path / "better"
+    plan = planned(request, out, step=60)  # so that an epoch or two are planned
+    assert [(rung.name, rung.runs) for rung in plan.rungs] == [("base", 3), ("final", 1)]
+    result = run_improvement(request, out)
+    assert result.verdict is not None
+    assert result.verdict.images == 100
+    base = json.loads((out / "rungs.json").read_text())["outcomes"]["base"]
+    assert (base["status"], base["of"]) == ("done", 60)
+    scored = []
+    for fold in range(3):
+        index = read_index(api.load_recipe(out / "recipes" / f"base-fold{fold}.yaml"))
+        assert len(index.rows("val")) == 20
+        assert len(index.rows("train")) == 40
+        scored += index.paths[index.rows("val")].tolist()
+    assert len(set(scored)) == 60
+    assert len(read_index(api.load_recipe(out / "recipes" / "final.yaml")).rows("train")) == 60
 
 
 def test_a_lone_file_is_compared_with_what_was_written_into_it(better: Path, deployed: Path, tmp_path: Path) -> None:

@@ -17,10 +17,12 @@ from fgvc.improvement.ladder import (
     BASE,
     FINAL,
     PLAIN,
+    SAFETY,
     STUDENT,
     TAUGHT,
     TEACHER,
     Plan,
+    Rung,
     makespan,
     plan_ladder,
     portfolio,
@@ -39,6 +41,12 @@ def task(*, train: int = 1500, choose: int = 700, judge: int = 690, teacher: boo
         rule="", recipe={"image": {"size": [160, 160]}}, starts=(),
         teachers=({"backbone": "resnet50", "weights": "file", "kwargs": {}},) if teacher else (),
     )  # fmt: skip
+
+
+def in_folds(asked: Task, folds: int) -> Task:
+    """300 images of a net without a file, which choose in turn."""
+    recipe = {"image": {"size": [160, 160]}, "model": {"backbone": "resnet18", "weights": "hub"}}
+    return replace(asked, file=None, counts={"train": 300, "val": 0, "test": 150}, folds=folds, recipe=recipe)
 
 
 def timings(step: float = 0.9, *, portfolio_too: bool = True, teacher: bool = False) -> dict[str, Timing]:
@@ -104,22 +112,25 @@ def test_a_teacher_that_can_not_be_timed_teaches_nothing() -> None:
 
 @given(
     budget=st.floats(130, 40_000), spent=st.floats(0, 60), step=st.floats(0.01, 5), slots=st.integers(1, 4),
-    choose=st.sampled_from([0, 200, 5000]), teacher=st.booleans(),
+    choose=st.sampled_from([0, 200, 5000]), teacher=st.booleans(), folds=st.sampled_from([1, 3]),
 )  # fmt: skip
-def test_a_plan_fits_its_budget(budget: float, spent: float, step: float, slots: int, choose: int, teacher: bool) -> None:
+def test_a_plan_fits_its_budget(
+    budget: float, spent: float, step: float, slots: int, choose: int, teacher: bool, folds: int
+) -> None:
+    asked = task(choose=choose, teacher=teacher)
+    if folds > 1:
+        asked = in_folds(asked, folds)
     try:
-        plan = plan_ladder(
-            task(choose=choose, teacher=teacher), timings(step, teacher=teacher), budget=budget, spent=spent, slots=slots
-        )
+        plan = plan_ladder(asked, timings(step, teacher=teacher), budget=budget, spent=spent, slots=slots)
     except FgvcError:
         return
     assert spent + plan.seconds <= budget + 1e-6
     assert all(rung.seconds <= budget / 4 + 1e-6 for rung in plan.rungs if rung.name == PLAIN and rung.epochs > 1)
-    ship = makespan((rung.seconds for rung in plan.of("ship")), slots)
+    ship = makespan(plan.of("ship"), slots)
     for rung in plan.rungs:
         assert (rung.latest_start is None) == (rung.stage == "ship")
         if rung.latest_start is not None:  # it may begin as long as what ships still fits
-            assert rung.latest_start + rung.seconds + ship + plan.shipping <= budget + 1e-6
+            assert rung.latest_start + makespan([rung], slots) + ship + plan.shipping <= budget + 1e-6
     assert set(plan.left_out).isdisjoint(names(plan))
 
 
@@ -142,10 +153,25 @@ def test_a_plan_is_read_as_it_was_written() -> None:
     assert names(Plan.read(json.loads(as_json(plan.record)))) == names(plan)
 
 
-def test_jobs_side_by_side() -> None:
-    assert makespan([3, 2, 2], 2) == 4
-    assert makespan([3, 2, 2], 1) == 7
+def test_runs_side_by_side() -> None:
+    one = Rung(name="one", stage="tune", what="", settings={}, epochs=1, seconds=3)
+    two = replace(one, name="two", seconds=2, runs=2)
+    assert makespan([one, two], 2) == 4
+    assert makespan([one, two], 1) == 7
     assert makespan([], 2) == 0
+
+
+def test_where_all_images_choose_in_turn_a_rung_is_a_run_for_each_fold() -> None:
+    """Three runs of two thirds of the images cost twice as many steps as one run of all, and three times as many starts."""
+    small = in_folds(task(), 3)
+    assert (small.to_learn, small.to_choose, small.chooses) == (200, 100, True)
+    step = Timing(start=6, step=0.9, batch=25, look=0.01, peak_bytes=10**9, device="cpu")
+    plan = plan_ladder(small, {BASE: step}, budget=3600, spent=60, slots=1)
+    base, final = plan.rungs
+    assert (base.runs, final.runs) == (3, 1)
+    between = (base.seconds / SAFETY - 6) - base.epochs * 8 * 0.9  # 200 images, 25 a step
+    assert between == pytest.approx((11 * 100 + 512) * 0.01 + 600 * (0.01 + 2e-4))  # looks, and the fit of a head to 3 views
+    assert plan.seconds == pytest.approx(3 * base.seconds + final.seconds + plan.shipping)
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("20m", 1200), ("1.5h", 5400), ("2 d", 172_800), ("150s", 150)])

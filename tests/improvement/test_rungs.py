@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from fgvc.improvement.clock import Clock
-from fgvc.improvement.ladder import BASE, FINAL, PLAIN, Plan, Rung
+from fgvc.improvement.ladder import BASE, FINAL, PLAIN, STUDENT, Plan, Rung
 from fgvc.improvement.rungs import Ladder, Outcome
-from fgvc.improvement.side_by_side import Workers
+from fgvc.improvement.side_by_side import Ended, Job, Workers
 from fgvc.improvement.task import Task
 from fgvc.io.bits import pack
 
@@ -108,6 +108,33 @@ def test_where_flips_cost_the_way_ends_where_few_are_lost(ladder: Ladder) -> Non
     write_points(ladder, PLAIN, {0.6: [0, 1, 1, 1, 1, 1], 1.0: [0, 0, 1, 1, 1, 1]}, 0.6)
     ladder.flips = 0.0
     assert ladder.share(PLAIN) == 0.6, "where they are fewest"
+
+
+def test_of_a_rung_in_folds_all_images_choose(ladder: Ladder) -> None:
+    """One share for all of its runs, by all their images; a fold's student has the teachers that did not see its images."""
+    folded = Rung(name=BASE, stage="tune", what="", settings={}, epochs=1, seconds=1, runs=2)
+    student = replace(folded, name=STUDENT, stage="teach")
+    ladder.plan = replace(ladder.plan, rungs=(folded, student))
+    ladder.outcomes[BASE] = DONE
+    assert ladder.runs(folded) == ["base-fold0", "base-fold1"]
+    write_points(ladder, "base-fold0", {0.5: [1, 1, 0], 1.0: [1, 1, 1]}, 1.0)
+    write_points(ladder, "base-fold1", {0.5: [1, 1], 1.0: [0, 0]}, 0.5)
+    assert ladder.share(BASE) == 0.5
+    assert ladder._right(BASE).tolist() == [True, True, False, True, True]
+    assert ladder._at("base-fold1", 0.5) == ladder.run("base-fold1-between")
+    ladder.run("base-fold0-at-0.5").mkdir()
+    teachers = [ladder.settings(STUDENT, fold)["techniques"]["distill"]["teachers"] for fold in (0, 1)]
+    assert [Path(one["path"]).name for (one,) in teachers] == ["base-fold0-at-0.5", "base-fold1-between"]
+
+
+def test_a_rung_in_folds_has_an_outcome_when_its_last_run_ends(ladder: Ladder) -> None:
+    folded = Rung(name=BASE, stage="tune", what="", settings={}, epochs=1, seconds=1, runs=2)
+    ladder._ended[BASE] = []
+    first, last = (Job(name, (), ladder.out / "log") for name in ladder.runs(folded))
+    ladder._note(Ended(first, 1, False, 3.0), folded)
+    assert BASE not in ladder.outcomes
+    ladder._note(Ended(last, 0, False, 4.0), folded)
+    assert (ladder.outcomes[BASE].status, ladder.outcomes[BASE].seconds) == ("failed", 7.0)
 
 
 def test_a_quota_that_is_used_up_is_no_fault_of_a_rung(ladder: Ladder) -> None:

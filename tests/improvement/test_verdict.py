@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from fgvc.evaluation.paired import Gate, compare_predictions, gain_interval
-from fgvc.improvement.rungs import wins
-from fgvc.improvement.verdict import ALPHA, judge, read_verdict
+from fgvc.evaluation.paired import Gate, beats, compare_predictions, compare_right, gain_interval
+from fgvc.improvement.verdict import ALPHA, judge, least_gain, read_verdict
 
 
 def test_answers_swapped_at_random_are_seldom_called_better() -> None:
@@ -72,7 +71,21 @@ def test_a_rung_must_win_by_more_than_one_standard_error() -> None:
     same, little, much = old.copy(), old.copy(), old.copy()
     little[100:103], little[:2] = True, False
     much[100:112], much[:2] = True, False
-    assert not wins(same, old)
-    assert not wins(little, old)
-    assert wins(much, old)
-    assert not wins(old, much)
+    assert not beats(same, old)
+    assert not beats(little, old)
+    assert beats(much, old)
+    assert not beats(old, much)
+
+
+def test_the_least_gain_is_that_of_images_of_which_none_is_broken() -> None:
+    assert least_gain(80) == 7 / 80  # of six alike, none the other way, chance has 2 / 2^6 = 0.031
+    assert least_gain(1000) == 7 / 1000
+    assert least_gain(5) > 1
+
+
+def test_without_a_deployed_file_the_plain_recipe_is_what_was_to_be_beaten() -> None:
+    right = np.arange(60) < 40
+    verdict = judge(compare_right(np.zeros(60, np.int64), right, right), Gate(None, None), {}, deployed=False)
+    sentence = verdict.sentence("resnet18")
+    assert sentence.startswith("Not shown to be better than the plain recipe of resnet18: from 66.7 % to 66.7 %")
+    assert "may be used all the same" in sentence
