@@ -298,7 +298,9 @@ class AutoData(Source):
     read instead if it has splits that the folders lack, or groups. A table with other labels is an error that asks for the kind.
     """
 
-    kind: Literal["auto"] = "auto"
+    kind: Literal["auto"] = Field(
+        "auto", description="auto: found out, and recorded; else folder, cub, csv, torchvision or hf, with keys of their own"
+    )
     root: Path = Field(description="folder of the set, or its table (.csv or .tsv)")
     test_fraction: float | None = Field(
         None,
