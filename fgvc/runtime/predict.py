@@ -67,7 +67,8 @@ def predict_files(
             print("\t".join([one_line(path), *columns, calibration_word(result.calibrated)]))
     if not as_json:
         unread = f", {failed} could not be read" * bool(failed)
-        print(f"{len(files)} pictures in {time.monotonic() - began:.1f} s{unread}", file=sys.stderr)
+        noun = "picture" if len(files) == 1 else "pictures"
+        print(f"{len(files)} {noun} in {time.monotonic() - began:.1f} s{unread}", file=sys.stderr)
     return 1 if failed else 0
 
 
