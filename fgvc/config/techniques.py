@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 import traceback
+from collections.abc import Mapping
 from functools import cache, partial
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, SerializerFunctionWrapHandler, create_model, model_serializer
@@ -109,12 +111,12 @@ def _installed(kind: str) -> type[TechniqueSettings]:
 
 
 @cache
-def settings_by_kind() -> dict[str, type[TechniqueSettings]]:
+def settings_by_kind() -> Mapping[str, type[TechniqueSettings]]:
     """The settings classes by kind, in the order of the hooks, those of installed packages last; all of them are imported.
 
     Raises FgvcError for an entry point as `_installed` does."""
     classes = {kind: load_object(reference) for kind, reference in BUILT_IN.items()}
-    return classes | {kind: _installed(kind) for kind in _points()}
+    return MappingProxyType(classes | {kind: _installed(kind) for kind in _points()})
 
 
 class _Recorded(Section):
