@@ -58,11 +58,10 @@ def main() -> None:
             if any(name.items() <= row.items() for row in _rows(given.table)):
                 continue
             row = name | {"learned": task.counts["train"]} | _trained(task, given, arm, seed)
-            rows = [*_rows(given.table), row]  # another process may have added some
-            with given.table.open("w", newline="") as stream:
-                writer = csv.DictWriter(stream, FIELDS)
-                writer.writeheader()
-                writer.writerows(rows)
+            if not given.table.exists():
+                given.table.write_text(",".join(FIELDS) + "\n")
+            with given.table.open("a", newline="") as stream:
+                csv.DictWriter(stream, FIELDS, lineterminator="\n").writerow(row)
 
 
 def _trained(task: Task, given: argparse.Namespace, arm: str, seed: int) -> dict[str, Any]:

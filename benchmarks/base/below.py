@@ -123,6 +123,12 @@ def _rows(out: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(line for line in stream if not line.startswith("#")))
 
 
+def _right(row: dict[str, str]) -> tuple[np.ndarray, np.ndarray]:
+    """(N,) and (E,N) bool: what the floor and each epoch name rightly."""
+    bits = [unpack(one, int(row["held_out"])) for one in (row["floor_right"], *row["epochs_right"].split())]
+    return bits[0], np.stack(bits[1:])
+
+
 def _chosen(floor: np.ndarray, epochs: np.ndarray) -> np.ndarray:
     """(N,) bool: each half of the images by what the other half chooses of the start and the (E,N) epochs, as a run does."""
     right = np.empty_like(floor)
@@ -156,8 +162,7 @@ def _by_images(rows: list[dict[str, str]]) -> None:
     for images in CHOOSING:
         gains = []
         for row in rows:
-            bits = [unpack(one, int(row["held_out"])) for one in (row["floor_right"], *row["epochs_right"].split())]
-            floor, epochs = bits[0], np.stack(bits[1:])
+            floor, epochs = _right(row)
             if len(floor) < 1.5 * images:
                 continue
             own = []
@@ -181,13 +186,10 @@ def _table(out: Path) -> None:
     for (net, name, images), rows in cells.items():
         floors, chosen, ends = [], [], []
         for row in rows:
-            bits = [
-                unpack(one, int(row["held_out"]))
-                for one in (row["floor_right"], *row["epochs_right"].split())
-            ]
-            floors.append(bits[0])
-            chosen.append(_chosen(bits[0], np.stack(bits[1:])))
-            ends.append(bits[-1])
+            floor, epochs = _right(row)
+            floors.append(floor)
+            chosen.append(_chosen(floor, epochs))
+            ends.append(epochs[-1])
         floor, shipped, end = (np.concatenate(parts) for parts in (floors, chosen, ends))
         gains.append((shipped.mean() - floor.mean(), end.mean() - floor.mean()))
         said = [net, name, images, str(len(rows)), percent(floor), percent(shipped), gain(floor, shipped)]

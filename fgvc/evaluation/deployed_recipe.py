@@ -22,7 +22,7 @@ from fgvc.evaluation.file_stack import OtherOrderError, file_stack
 from fgvc.evaluation.judging import evidence
 from fgvc.evaluation.side import Classifier
 from fgvc.io.names import few
-from fgvc.runtime.bundle import JUDGE, read_preprocess
+from fgvc.runtime.bundle import bundle_with_judge, read_preprocess
 from fgvc.runtime.engine import OnnxSession
 from fgvc.runtime.labels import labels_of
 
@@ -52,8 +52,8 @@ def deployed_recipe(
     """
     index = read_source(AutoData(root=images, val_fraction=0.0))
     stated = labels_of(file)
-    if seen is None and unseen is None and not index.given_splits and file.with_name(JUDGE).is_file():
-        seen = str(file.parent.absolute())  # a bundle, which lists the images that judge it
+    if seen is None and unseen is None and not index.given_splits and (bundle := bundle_with_judge(file)) is not None:
+        seen = str(bundle.absolute())
     beside = file.with_name(PREPROCESS)
     try:
         stack = file_stack(

@@ -115,22 +115,26 @@ def evaluate(
     calibrated = _calibrated(run, split_name, sample, device) if views is None else None
     name = split_name if views is None else f"{split_name}-{views}"
     files = _files(scores, calibrated, index.classes, split=split_name, stem="-".join([name, *run.suffix]))
-    unfitted = {"calibrated": False, "note": "no temperature is fitted for averaged views"}
     words = judged(index, split_name, scores.images)
-    numbers: dict[str, Any] = scores.numbers() | {"calibration": unfitted if calibrated is None else calibrated.numbers()}
-    numbers |= {"judged": words} if words else {}
-    pair = over_floor(run, sample.right, split_name, device=device) if floor and views is None else None
-    numbers |= {} if pair is None else {"floor": standing(pair)}
-    stored = run.store(files, {"metrics.json": {f"{name}.{select}": numbers}})
+    asked = floor and views is None and select not in ("start", "floor")
+    pair = over_floor(run, sample.right, split_name, device=device) if asked else None
+    stored = run.store(files, {"metrics.json": {f"{name}.{select}": _numbers(scores, calibrated, words, pair)}})
     return Evaluation(
         run.folder, name, select, scores, sample.right, tuple(unreadable), index.classes, calibrated, stored, words,
         tested=len(index.rows("test")) > 0, over_floor=pair,
     )  # fmt: skip
 
 
+def _numbers(scores: metrics.Scores, calibrated: Calibrated | None, words: str, pair: Paired | None) -> dict[str, Any]:
+    """The entry of metrics.json."""
+    unfitted = {"calibrated": False, "note": "no temperature is fitted for averaged views"}
+    numbers: dict[str, Any] = scores.numbers() | {"calibration": unfitted if calibrated is None else calibrated.numbers()}
+    return numbers | ({"judged": words} if words else {}) | ({} if pair is None else {"floor": standing(pair)})
+
+
 def over_floor(run: LoadedRun, right: Truths, split: Split, *, device: str | None) -> Paired | None:
-    """A run beside its floor on a split, whose readable images it names rightly or not (N,); None: it has none, or is it."""
-    if run.select in ("start", "floor") or not has_floor(run.folder):
+    """A run beside its floor on a split, whose readable images it names rightly or not (N,); None: it has none."""
+    if not has_floor(run.folder):
         return None
     floor = run.selecting("floor").answers(run.rows(split), device=device)
     refuse_no_numbers(floor.logits, run.folder)

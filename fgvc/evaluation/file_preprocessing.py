@@ -203,46 +203,54 @@ def shown_labels(order: Order) -> tuple[str, ...]:
     )
 
 
-def known_order(path: Path, index: ImageIndex, *, spec: Preprocess, stated: Sequence[str] = ()) -> Order | None:
-    """Which output of a file that is fed as `spec` says is of which class, by its answers about these images; None: it does not
-    know them (more than half, each by the order that the other half shows). `stated`: as of `Order`; where none are, the sorted
-    classes if there are as many as outputs."""
-    session = OnnxSession(path, output=spec.output, classes=len(stated) or None)
-    limit = min(IMAGES, max(COARSE, FEWEST_A_CLASS * len(index.classes)))
+@dataclass(frozen=True, slots=True)
+class StatedAnswers:
+    """What a file's answers about images say of a stated preprocessing."""
+
+    order: Order | None = None  # of its outputs where it is fed so; None: it does not know the images
+    likelier: Preprocess | None = None  # by which it names more of them rightly, for certain; None: nothing denies what is stated
+    words: str = ""  # how many by either
+
+
+def ask_stated(
+    path: Path, index: ImageIndex, *, spec: Preprocess, labels: Sequence[str] = (), seconds: float
+) -> StatedAnswers:
+    """Ask a file that is said to be fed as `spec` about images. `labels`: a class an output, where these are stated, too;
+    `seconds`: that the search for a likelier preprocessing may take. Where a class has too few images nothing is known."""
+    session = OnnxSession(path, output=spec.output, classes=len(labels) or None)
     try:
-        pictures, labels = _pictures(index, limit)
-    except FgvcError:  # too few of a class
-        return None
+        pictures, numbers = _pictures(index, min(IMAGES, max(COARSE, FEWEST_A_CLASS * len(index.classes))))
+    except FgvcError:
+        return StatedAnswers()
+    names = _normalisations(session.file)
+    found = likelier(lambda x: _log_probabilities(session, x), pictures, numbers, spec, normalisations=names, seconds=seconds)
+    order = _known_order(session, pictures, numbers, index.classes, labels, spec)
+    if found is None:
+        return StatedAnswers(order)
+    given, best = found
+    stated, keys = given.spec.model_dump(), best.spec.model_dump()
+    others = ", ".join(f"{key} {value} for {stated[key]}" for key, value in keys.items() if value != stated[key])
+    words = (
+        f"of {len(given.right)} images it names {100 * given.accuracy:.1f} % rightly where they are prepared as stated, and "
+        f"{100 * best.accuracy:.1f} % with {others}"
+    )
+    return StatedAnswers(order, best.spec.model_copy(update={"network": session.file.record}), words)
+
+
+def _known_order(
+    session: OnnxSession, pictures: Sequence[Image.Image], labels: NDArray[np.int64], classes: Sequence[str],
+    stated: Sequence[str], spec: Preprocess,
+) -> Order | None:
+    """Which output is of which class; None: the net does not know the images (more than half, each by the order that the other
+    half shows). `stated`: as of `Order`; where none are, the sorted classes if there are as many as outputs."""
     answers = np.concatenate(
         [_log_probabilities(session, np.stack([preprocess(p, spec) for p in pictures[at : at + BATCH]]))
          for at in range(0, len(pictures), BATCH)]
     )  # fmt: skip
     if cross_scored(answers, labels)[1].mean() <= KNOWN:
         return None
-    stated = stated or (index.classes if len(index.classes) == answers.shape[1] else ())
-    return output_order(answers, labels, index.classes, stated)
-
-
-def likelier_spec(path: Path, index: ImageIndex, *, stated: Preprocess, seconds: float) -> tuple[Preprocess, str] | None:
-    """A preprocessing by which a file names more of these images rightly than by the stated one, for certain, and how many by
-    either, in words; None: nothing denies what is stated."""
-    session = OnnxSession(path, output=stated.output)
-    try:
-        pictures, labels = _pictures(index, COARSE)
-    except FgvcError:  # too few of a class
-        return None
-    names = _normalisations(session.file)
-    found = likelier(lambda x: _log_probabilities(session, x), pictures, labels, stated, normalisations=names, seconds=seconds)
-    if found is None:
-        return None
-    given, best = found
-    stated_keys, keys = given.spec.model_dump(), best.spec.model_dump()
-    others = ", ".join(f"{key} {value} for {stated_keys[key]}" for key, value in keys.items() if value != stated_keys[key])
-    words = (
-        f"of {len(given.right)} images it names {100 * given.accuracy:.1f} % rightly where they are prepared as stated, and "
-        f"{100 * best.accuracy:.1f} % with {others}"
-    )
-    return best.spec.model_copy(update={"network": session.file.record}), words
+    stated = stated or (classes if len(classes) == answers.shape[1] else ())
+    return output_order(answers, labels, classes, stated)
 
 
 def _normalisations(file: Description) -> tuple[str, ...]:

@@ -13,8 +13,7 @@ from fgvc.evaluation.assignment import Order
 from fgvc.evaluation.file_preprocessing import (
     UNASSIGNED,
     FileSearch,
-    known_order,
-    likelier_spec,
+    ask_stated,
     search_file,
     shown_labels,
 )
@@ -80,11 +79,11 @@ def file_stack(
     """
     doubts: tuple[str, ...] = ()
     if preprocess is not None:
-        denied = likelier_spec(file, index, stated=preprocess, seconds=DENIED_SHARE * seconds)
-        if denied is not None and not insisted:
-            raise DeniedStackError(f"{file}: {denied[1]}", denied[0])
-        doubts = () if denied is None else (denied[1],)
-        order = known_order(file, index, spec=preprocess, stated=() if labels is None else labels.names)
+        names = () if labels is None else labels.names
+        asked = ask_stated(file, index, spec=preprocess, labels=names, seconds=DENIED_SHARE * seconds)
+        if asked.likelier is not None and not insisted:
+            raise DeniedStackError(f"{file}: {asked.words}", asked.likelier)
+        doubts, order = (asked.words,) * bool(asked.words), asked.order
         if order is not None and order.other and (order.decided or labels is None):
             source = f"that of the classes of {images}" if labels is None else f"{labels.source} says"
             raise OtherOrderError(f"the answers of {file} show its classes in another order than {source}", shown_labels(order))
@@ -100,22 +99,20 @@ def file_stack(
         raise UndecidedStackError(f"{lines}\nthese images do not tell how the file is fed", search.spec)
     if not search.order_holds:
         raise OtherOrderError(lines, search.labels)
-    try:
-        complete = _complete(search.search.order, file, index)
-    except OtherOrderError as error:
-        raise OtherOrderError(f"{lines}\n{error}", error.labels) from error
+    complete = _complete(search.search.order, file, index, said=f"{lines}\n")
     return FileStack(
         preprocess=preprocess or search.spec, labels=complete, search=search,
         doubts=doubts if preprocess is not None else search.doubts,
     )  # fmt: skip
 
 
-def _complete(order: Order, file: Path, index: ImageIndex) -> tuple[str, ...]:
-    """A class an output. Raises OtherOrderError where an output is of none."""
+def _complete(order: Order, file: Path, index: ImageIndex, *, said: str = "") -> tuple[str, ...]:
+    """A class an output. Raises OtherOrderError, with what was `said` before, where an output is of none."""
     labels = order.stated or shown_labels(order)
     if UNASSIGNED in labels:
         outputs, classes = len(labels), len(index.classes)
         raise OtherOrderError(
-            f"{file}: has {outputs} outputs, and the images are of {classes} classes: nothing says what the others are", labels
+            f"{said}{file}: has {outputs} outputs, and the images are of {classes} classes: nothing says what the others are",
+            labels,
         )
     return labels

@@ -39,6 +39,11 @@ class _Source:
     seen: Seen = "train"
 
     @property
+    def undivided(self) -> bool:
+        """Whether all images lie in one split, so that nothing says which were learned from."""
+        return len(self.index.rows("train")) == len(self.index)
+
+    @property
     def learned_rows(self) -> NDArray[np.int64]:
         return np.flatnonzero(np.isin(self.index.splits, [SPLITS.index(split) for split in self.learned]))
 
@@ -74,8 +79,8 @@ def select_images(
     elif source is None:
         raise FgvcError(f"which images? Neither side is a run: give --data, {_advice(sides)}")
     elif not deployed or split is not None:
-        apart = split in (None, "test") and not source.index.given_splits and len(source.index.rows("train")) == len(source.index)
-        images = (_recorded(source, sides) if apart else None) or _of_split(source, split, deployed)
+        recorded = _recorded(source, sides) if source.undivided and split in (None, "test") else None
+        images = recorded or _of_split(source, split, deployed)
     else:
         recorded = _recorded(source, sides) if seen is None else None
         images = recorded or _by_rule(source, source.seen if seen is None else seen, deployed[0])
@@ -124,7 +129,7 @@ def _of_run(run: LoadedRun) -> _Source:
 
 def _of_split(source: _Source, split: Split | None, deployed: Sequence[Classifier]) -> Images:
     index = source.index
-    if split is None and len(index.rows("train")) == len(index):
+    if split is None and source.undivided:
         return Images(index=index, rows=np.arange(len(index)), split="all", workers=source.workers)
     chosen: Split = split or ("val" if len(index.rows("val")) else "test")
     if not len(rows := source.rows_of(chosen)):

@@ -23,7 +23,7 @@ from fgvc.runs.deployed import RECORD, record_of
 from fgvc.runs.folder import is_run, read_run
 from fgvc.runs.images import descends_from_file
 from fgvc.runs.loaded import Answers, LoadedRun, load_run, onnx_answers
-from fgvc.runtime.bundle import DEPLOYED_FILE, JUDGE, OTHER_CLASSES, load_bundle, read_json, read_judge
+from fgvc.runtime.bundle import DEPLOYED_FILE, OTHER_CLASSES, bundle_with_judge, load_bundle, read_json, read_judge
 from fgvc.runtime.engine import OnnxSession, doubts_about, refuse_misfit, session_of
 from fgvc.runtime.labels import labels_of
 from fgvc.runtime.stack import stack_of
@@ -156,7 +156,7 @@ def _open(path: Path, root: Path | None, *, labels: Path | None = None, preproce
         notes = tuple(f"{path}: {doubt}" for doubt in doubts)
         output = None if spec is None or spec.network is None else spec.network.output
         session = OnnxSession(path, output=output, classes=len(stack.labels))
-        judge = read_judge(path.parent, stack.labels) if path.with_name(JUDGE).is_file() else None
+        judge = None if (folder := bundle_with_judge(path)) is None else read_judge(folder, stack.labels)
         return Classifier(
             path=path, kind="onnx", classes=stack.labels, preprocess=spec, notes=notes, session=session, deployed=True,
             judge=judge,

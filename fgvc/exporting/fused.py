@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 
 import numpy as np
 import onnx
@@ -32,32 +31,28 @@ def _is_fused(node: onnx.NodeProto) -> bool:
     return node.op_type == FUSED and node.domain == DOMAIN
 
 
-def _parts(node: onnx.NodeProto, graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+def _parts(node: onnx.NodeProto, graph: onnx.GraphProto) -> list[onnx.NodeProto]:
     given = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
     kind, numbers = given.get("activation", b"").decode(), [float(x) for x in given.get("activation_params", ())]
     if kind not in ("", *ACTIVATIONS):
         raise FgvcError(f"{FUSED} {node.name}: its activation is {kind!r}, which is not known here")
     name, out = node.name or node.output[0], node.output[0]
-    summand = node.input[3] if len(node.input) > 3 else ""
     conv = onnx.NodeProto()
     conv.CopyFrom(node)
-    conv.op_type, conv.domain, conv.name = "Conv", "", name
-    kept = [attribute for attribute in node.attribute if not attribute.name.startswith("activation")]
+    conv.op_type, conv.domain, conv.name, conv.output[0] = "Conv", "", name, f"{out}/conv"
     del conv.attribute[:], conv.input[3:]
-    conv.attribute.extend(kept)
-    if kind or summand:
-        conv.output[0] = f"{out}/conv"
-    yield conv
-    if summand:
-        last = f"{out}/sum" if kind else out
-        yield onnx.helper.make_node("Add", [conv.output[0], summand], [last], f"{name}/sum")
+    conv.attribute.extend(attribute for attribute in node.attribute if not attribute.name.startswith("activation"))
+    parts = [conv]
+    if len(node.input) > 3 and node.input[3]:
+        parts.append(onnx.helper.make_node("Add", [f"{out}/conv", node.input[3]], [f"{out}/sum"], f"{name}/sum"))
     if kind:
-        inputs = [f"{out}/sum" if summand else conv.output[0]]
-        if kind == "Clip":
-            for side, number in zip(("min", "max"), numbers, strict=True):
-                graph.initializer.append(numpy_helper.from_array(np.array(number, np.float32), f"{out}/{side}"))
-                inputs.append(f"{out}/{side}")
-        last_node = onnx.helper.make_node(kind, inputs, [out], f"{name}/{kind.lower()}")
+        bounds = ("min", "max") if kind == "Clip" else ()
+        for side, number in zip(bounds, numbers if bounds else (), strict=True):
+            graph.initializer.append(numpy_helper.from_array(np.array(number, np.float32), f"{out}/{side}"))
+        inputs = [parts[-1].output[0], *(f"{out}/{side}" for side in bounds)]
+        activation = onnx.helper.make_node(kind, inputs, [out], f"{name}/{kind.lower()}")
         own = zip(NUMBERS.get(kind, ()), numbers, strict=False)
-        last_node.attribute.extend(onnx.helper.make_attribute(key, number) for key, number in own)
-        yield last_node
+        activation.attribute.extend(onnx.helper.make_attribute(key, number) for key, number in own)
+        parts.append(activation)
+    parts[-1].output[0] = out
+    return parts

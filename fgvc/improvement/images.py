@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from fgvc.config.data import SPLITS, AutoData
 from fgvc.data.beside import read_folder, with_folder
 from fgvc.data.index import ImageIndex
-from fgvc.data.quality.checks import check
+from fgvc.data.quality.checks import check, no_split
 from fgvc.data.sources.read import read_source
 from fgvc.data.unseen import FEWEST_TO_CHOOSE, OPTIONS, Seen, divide_unseen
 from fgvc.errors import FgvcError
@@ -19,7 +19,6 @@ from fgvc.io.tables import as_csv
 
 COLUMNS = ("path", "label", "split")
 CHOOSE = 0.15  # share of the images to learn from that is set aside, where no weights have seen them
-NO_VAL = "there is no val split"  # of `check`
 FOLDS = 3  # in which all of these choose in turn, where that share is too few
 
 
@@ -106,4 +105,4 @@ def refuse_faulty(divided: Divided) -> tuple[str, ...]:
     report = check(divided.index)
     if report.errors:
         raise FgvcError("\n".join(report.errors))
-    return tuple(warning for warning in report.warnings if warning != NO_VAL)  # it was divided here
+    return tuple(warning for warning in report.warnings if warning != no_split("val"))  # it was divided here

@@ -293,7 +293,7 @@ def _judge(task: Task, ladder: Ladder, out: Path, gate: Gate, view: View, standi
     candidate = out / "candidate"
     view.say(f"exporting {ladder.ships.name}, with all proofs")
     export(ladder.ships, candidate, overwrite=True)
-    plain = ladder.first_run(PLAIN) if ladder.has_run(PLAIN) else None
+    plain = ladder.run(PLAIN) if ladder.has_run(PLAIN) else None
     # Without a file the baseline is the plain recipe, which may be what ships.
     old = Path(task.file) if task.file is not None else plain or ladder.ships
     answers = _answers(old, candidate, ladder)

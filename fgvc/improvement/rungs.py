@@ -41,7 +41,7 @@ from fgvc.improvement.unlabelled import write_named
 from fgvc.io.files import as_json, write_atomic
 from fgvc.runs import checkpoint
 from fgvc.runs.folder import INTERPOLATION
-from fgvc.runs.record import NAME, load
+from fgvc.runs.validated import named_rightly
 from fgvc.runtime.bundle import read_json
 from fgvc.training.interpolate import right_by_share
 
@@ -366,10 +366,4 @@ class Ladder:
 
 def right_on_choose(run: Path) -> NDArray[np.bool_]:
     """Whether a run's last validation names each image rightly (N,), in the order of the rows; empty without validation."""
-    answers = checkpoint.load(run / "ckpt", say=lambda _: None).rest.get("answers")
-    index = load(run / NAME, run).index
-    if answers is None or not len(index.rows("val")):
-        return np.empty(0, bool)
-    rows, classes = answers.numpy()
-    order = np.argsort(rows)
-    return np.asarray(index.labels[rows[order]] == classes[order])
+    return named_rightly(run)[1]

@@ -30,7 +30,7 @@ from fgvc.io.names import few
 from fgvc.models.backbone import plain_model, pretrained_cfg, refuse_unknown
 from fgvc.models.weights import is_packaged
 from fgvc.runs import deployed
-from fgvc.runtime.bundle import JUDGE, read_json, read_labels, read_preprocess
+from fgvc.runtime.bundle import bundle_with_judge, read_json, read_labels, read_preprocess
 from fgvc.runtime.description import describe
 from fgvc.runtime.labels import Labels, labels_of
 from fgvc.studies.candidate import start_model
@@ -127,10 +127,9 @@ class Task:
 
     def lines(self) -> list[str]:
         height, width = self.size
-        what = f"{self.name}, {len(self.classes)} classes, " + (
-            f"at {height} x {width} pixels" if self.file is not None else f"at {height} x {width} pixels (--size for others)"
-        )
-        what += f", a {self.twin} of timm's" if self.twin and self.file is not None else ""
+        twin = f", a {self.twin} of timm's" if self.twin else ""
+        what = f"{self.name}, {len(self.classes)} classes, at {height} x {width} pixels"
+        what += " (--size for others)" if self.file is None else twin
         choose = f"which choose in {self.folds} folds" if self.folds > 1 else f"{self.counts['val']} choose"
         counts = f"{self.counts['train']} images to learn from, {choose}, {self.counts['test']} judge"
         least = least_gain(self.counts["test"])
@@ -214,9 +213,8 @@ def _of_file(request: Request, file: Path, models: Sequence[Model], out: Path, s
     if request.labels is not None and stated is not None and read_labels(request.labels) != stated.names:
         raise FgvcError(f"--labels {request.labels}: {stated.source} says otherwise; leave the option out, or mend that")
     labels = Labels(read_labels(request.labels), f"--labels {request.labels}") if request.labels is not None else stated
-    bundle = file.parent if file.with_name(JUDGE).is_file() else None
     divided, (fed, inspection) = _several(
-        lambda: divide(request.data, deployed=True, seen=request.seen, unseen=request.unseen, bundle=bundle),
+        lambda: divide(request.data, deployed=True, seen=request.seen, unseen=request.unseen, bundle=bundle_with_judge(file)),
         lambda: _inspected(request, file, labels),
     )
     if not inspection.agrees:

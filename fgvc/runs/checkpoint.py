@@ -16,7 +16,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
-from itertools import chain, count
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Literal, TypeVar
@@ -28,13 +27,14 @@ from torch import Tensor
 
 from fgvc.config.training import Train
 from fgvc.errors import FgvcError
-from fgvc.io.files import fill, make_folder, making, remove, rename, replace_link, sync, writing
+from fgvc.io.files import fill, make_folder, making, remove, rename, writing
+from fgvc.runs.links import LINKS, free_path, leads_to, publish, resolved
 
 Name = Literal["last", "best", "start"]
 Say = Callable[[str], None]
 T = TypeVar("T")
 
-META, LINKS, START = "meta.json", "links", "start"
+META, START = "meta.json", "start"
 OLDER_KEYS = {"step", "epoch", "micro", "finished", "best", "history", "seconds"}  # in meta.json of every fgvc
 READ_ERRORS = (OSError, ValueError, TypeError, KeyError, RuntimeError, EOFError, UnpicklingError, SafetensorError)
 
@@ -94,11 +94,11 @@ def save(
         make_folder(folder)
         _rename_copies(folder)
         _sweep(folder)
-        target = folder / START if start else _free_path(folder, f"step-{state.progress.step:08d}")
-        best_name = target.name if best else _target(folder / "best")
-        if first := _target(folder / "last") is None:  # a kill must not leave it without its names
-            _publish(folder, last=target.name, best=best_name)
-        with making(target) as scratch:
+        place = folder / START if start else free_path(folder, f"step-{state.progress.step:08d}")
+        best_name = place.name if best else leads_to(folder / "best")
+        if first := leads_to(folder / "last") is None:  # a kill must not leave it without its names
+            publish(folder, last=place.name, best=best_name)
+        with making(place) as scratch:
             parts = {"net": state.net, "branches": state.branches, "ema": state.ema, "floor": state.floor}
             files = {
                 f"{name}.safetensors": fill(scratch / f"{name}.safetensors", _serialised(tensors))
@@ -108,7 +108,7 @@ def save(
             files["state.pt"] = fill(scratch / "state.pt", partial(torch.save, dict(state.rest)))
             fill(scratch / META, _with_digest(asdict(state.progress) | {"files": files}))
         if not first:
-            _publish(folder, last=target.name, best=best_name)
+            publish(folder, last=place.name, best=best_name)
         _prune(folder, keep=keep, keep_best=keep_best, smaller=smaller)
     except (FgvcError, OSError, RuntimeError, SafetensorError) as error:
         raise FgvcError(
@@ -152,7 +152,7 @@ def intact_checkpoints(folder: Path) -> Iterator[tuple[Path, State]]:
 def identity(folder: Path, name: Name = "last") -> str | None:
     """Identity of a checkpoint: the SHA-256 of its meta.json. None where there is none."""
     try:
-        return _identity(_resolved(folder / name))
+        return _identity(resolved(folder / name))
     except OSError:
         return None
 
@@ -165,7 +165,7 @@ def slot(select: str) -> Name:
 def fault(folder: Path, name: Name) -> str | None:
     """Reason why the checkpoint of that name can't be read; None where it is intact."""
     try:
-        _checked_meta(_resolved(folder / name))
+        _checked_meta(resolved(folder / name))
     except READ_ERRORS as error:
         return "it is not there" if isinstance(error, FileNotFoundError) else str(error)
     return None
@@ -174,7 +174,7 @@ def fault(folder: Path, name: Name) -> str | None:
 def best_score(folder: Path) -> float | None:
     """Score by which `ckpt/best` was chosen; None where there is none, it is damaged, or the score was no number."""
     try:
-        score = _checked_meta(_resolved(folder / "best")).progress.best
+        score = _checked_meta(resolved(folder / "best")).progress.best
     except READ_ERRORS:
         return None
     return score if score is not None and math.isfinite(score) else None  # nothing is better than a NaN
@@ -182,9 +182,10 @@ def best_score(folder: Path) -> float | None:
 
 def choose_best(folder: Path, name: Literal["start", "last"]) -> None:
     """Point `best` at the checkpoint that goes by another name. The caller has the run to itself."""
-    last, target = _target(folder / "last"), _target(folder / name) if name == "last" else START
-    if last is not None and target is not None and _target(folder / "best") != target:
-        _publish(folder, last=last, best=target)
+    last = leads_to(folder / "last")
+    best = START if name == "start" else last
+    if last is not None and leads_to(folder / "best") != best:
+        publish(folder, last=last, best=best)
 
 
 def repair(folder: Path) -> None:
@@ -196,14 +197,14 @@ def repair(folder: Path) -> None:
             try:
                 _checked_meta(path)
             except READ_ERRORS:
-                rename(path, _free_path(folder, f"damaged-{path.name}"))
+                rename(path, free_path(folder, f"damaged-{path.name}"))
             else:
                 break
         else:
             return
         _sweep(folder)
-        if _target(folder / "last") != path.name:
-            _publish(folder, last=path.name, best=_target(folder / "best"))
+        if leads_to(folder / "last") != path.name:
+            publish(folder, last=path.name, best=leads_to(folder / "best"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +228,7 @@ def _newest(folder: Path, name: Name, read: Callable[[Path, _Meta], T], say: Say
         if failed:
             faults = "; ".join(f"{damaged_name} is damaged ({reason})" for damaged_name, reason in failed.items())
             say(f"WARNING: {folder}: {faults}. Using {path.name}, the newest checkpoint that is whole")
-        elif path != _resolved(link):
+        elif path != resolved(link):
             say(
                 f"WARNING: {link}: missing, or it leads nowhere. Using {path.name}, the newest checkpoint that is whole"
             )
@@ -252,7 +253,7 @@ _warned: set[Path] = set()  # checkpoints without digests that were warned of
 
 def _candidates(folder: Path, name: Name) -> list[Path]:
     """Checkpoints to read, in turn: the named one; for `last` then all others, the newest first, the start at the end."""
-    first = _resolved(folder / name)
+    first = resolved(folder / name)
     paths = [first] if first.is_dir() else []
     if name != "last":
         return paths
@@ -324,58 +325,6 @@ def _serialised(tensors: Mapping[str, Tensor]) -> bytes:
     return safetensors.torch.save(own)
 
 
-def _publish(folder: Path, *, last: str, best: str | None) -> None:
-    """Point `last` and `best` at these checkpoints at the same moment."""
-    if not (folder / LINKS).exists() and (before := _target(folder / "last")) is not None:
-        _replace_links(folder, last=before, best=_target(folder / "best"))  # links of an earlier fgvc led straight there
-    _replace_links(folder, last=last, best=best)
-
-
-def _replace_links(folder: Path, *, last: str, best: str | None) -> None:
-    new = _free_path(folder, LINKS + "-1")
-    make_folder(new)
-    targets = {"last": last, "best": best} if best is not None else {"last": last}
-    for name, target in targets.items():
-        replace_link(new / name, f"../{target}")
-    sync(new)
-    if (folder / LINKS).exists():  # or the names would lead nowhere meanwhile
-        _link_through(folder, targets)
-    replace_link(folder / LINKS, new.name)
-    _link_through(folder, targets)
-    if best is None:
-        remove(folder / "best")
-    sync(folder)
-    for path in folder.glob(f"{LINKS}-*"):
-        if path.name != new.name:
-            remove(path)
-
-
-def _link_through(folder: Path, names: Mapping[str, str]) -> None:
-    for name in names:
-        link, through = folder / name, f"{LINKS}/{name}"
-        if not link.is_symlink() or str(link.readlink()) != through:
-            replace_link(link, through)
-
-
-def _target(link: Path) -> str | None:
-    """Name of the checkpoint that a link leads to; None where it leads to none."""
-    path = _resolved(link)
-    return path.name if path.is_dir() and path.parent == link.parent.resolve() and path.name != link.name else None
-
-
-def _resolved(link: Path) -> Path:
-    """Path that a link leads to; the link itself where it leads round in a circle."""
-    try:
-        return link.resolve()
-    except RuntimeError:  # Python 3.12 and older
-        return link
-
-
-def _free_path(folder: Path, name: str) -> Path:
-    names = chain([name], (f"{name}.{number}" for number in count(1)))
-    return next(folder / name for name in names if not os.path.lexists(folder / name))
-
-
 def _rename_copies(folder: Path) -> None:
     """Rename `last` and `best` where they are folders, as in a copy that was made without links, and link to them."""
     copies = [*(folder / name for name in ("last", "best")), *folder.glob(f"{LINKS}*/*")]
@@ -387,13 +336,13 @@ def _rename_copies(folder: Path) -> None:
             name = f"step-{_checked_meta(path).progress.step:08d}"
         except READ_ERRORS:
             name = "damaged-step-copy"
-        rename(path, new := _free_path(folder, name))
+        rename(path, new := free_path(folder, name))
         if path.parent == folder:
             named[path.name] = new.name
     if (folder / LINKS).is_dir() and not (folder / LINKS).is_symlink():
         remove(folder / LINKS)
     if "last" in named:
-        _publish(folder, last=named["last"], best=named.get("best"))
+        publish(folder, last=named["last"], best=named.get("best"))
 
 
 def _sweep(folder: Path) -> None:
@@ -413,7 +362,7 @@ def _leftovers(folder: Path) -> Iterator[Path]:
 def _prune(folder: Path, *, keep: int, keep_best: int, smaller: bool) -> None:
     """Remove all checkpoints but the start, those that `last` and `best` name, the `keep_best` best, and the newest `keep` of the
     others."""
-    named = {_target(folder / name) for name in ("last", "best")}
+    named = {leads_to(folder / name) for name in ("last", "best")}
     if keep_best > 1:
         scored = [(score, path.name) for path in _steps(folder) if (score := _score(path)) is not None]
         ranked = sorted(scored, key=lambda pair: pair[0] if smaller else -pair[0])  # of equals the newest

@@ -245,6 +245,11 @@ def _calibration(folder: Path) -> Calibration:
     return validate(Calibration, tree, where=str(folder / "calibration.json"))
 
 
+def bundle_with_judge(file: Path) -> Path | None:
+    """The folder of a file where it is that of a bundle that lists the images that judge it."""
+    return file.parent if file.with_name(JUDGE).is_file() else None
+
+
 def read_judge(folder: Path, labels: Sequence[str] | None = None) -> dict[str, Any]:
     """The images that judge a bundle. Raises FgvcError where they are not those of a bundle, of classes of `labels`."""
     tree = read_json(folder / JUDGE, dict)

@@ -1,4 +1,4 @@
-"""What ships of a run that few images validate: its end, or its start."""
+"""A run that few images validate: what ships, its end or its start, and what is said."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import numpy as np
 from fgvc.config.recipe import Recipe
 from fgvc.data.unseen import FEWEST_TO_CHOOSE
 from fgvc.errors import FgvcError
+from fgvc.evaluation.calibration import FEWEST
 from fgvc.evaluation.paired import beats
 from fgvc.runs import checkpoint
-from fgvc.runs.record import NAME, load
+from fgvc.runs.validated import named_rightly
 
 
 def chooses_epochs(recipe: Recipe, images: int) -> bool:
@@ -20,18 +21,29 @@ def chooses_epochs(recipe: Recipe, images: int) -> bool:
     return images >= FEWEST_TO_CHOOSE or recipe.select_by != "top1" or recipe.train.patience is not None
 
 
+def few_words(images: int) -> list[str]:
+    """Words on validation images that are too few to rest on."""
+    if not 0 < images < FEWEST:
+        return []
+    return [
+        f"{images} validation images are few to choose by, and too few for calibrated probabilities ({FEWEST}): "
+        "data.val_fraction sets aside more"
+    ]
+
+
 def settle_best(out: Path, recipe: Recipe) -> None:
     """Where too few images validate a finished run to choose among its epochs: point `ckpt/best` at its end, or at its start if
     that is better by more than one standard error. The same run gives the same choice, however often."""
     if recipe.selected != "best":
         return
     try:
-        start, end = (checkpoint.load(out / "ckpt", name, say=lambda _: None).rest.get("answers") for name in ("start", "last"))
-    except FgvcError:  # the start is gone
+        rows, end = named_rightly(out)
+        if not len(rows) or chooses_epochs(recipe, len(rows)):
+            return
+        others, start = named_rightly(out, "start")
+    except FgvcError:  # it is gone
         return
-    if start is None or end is None or chooses_epochs(recipe, end.shape[1]):
+    if not len(others):
         return
-    rows, ours, theirs = np.intersect1d(start[0].numpy(), end[0].numpy(), return_indices=True)
-    labels = load(out / NAME, out).index.labels[rows]
-    right = (answers[1].numpy()[at] == labels for answers, at in ((start, ours), (end, theirs)))
-    checkpoint.choose_best(out / "ckpt", "start" if len(rows) and beats(*right) else "last")
+    both, ours, theirs = np.intersect1d(others, rows, return_indices=True)
+    checkpoint.choose_best(out / "ckpt", "start" if len(both) and beats(start[ours], end[theirs]) else "last")

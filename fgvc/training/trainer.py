@@ -17,7 +17,6 @@ from fgvc.config.recipe import Recipe
 from fgvc.data.quality.stored import spot_check
 from fgvc.data.recipe import resolve_data
 from fgvc.errors import FgvcError
-from fgvc.evaluation.calibration import FEWEST
 from fgvc.evaluation.metrics import SMALLER_IS_BETTER, Scores
 from fgvc.evaluation.png_plots import plot_confusion, plot_curves
 from fgvc.io.files import write_atomic
@@ -54,7 +53,7 @@ from fgvc.training.optim import learning_rate, learning_rates
 from fgvc.training.optimizer_step import optimizer_step
 from fgvc.training.refit import refit_recipe
 from fgvc.training.session import Session, open_session
-from fgvc.training.settle import settle_best
+from fgvc.training.settle import few_words, settle_best
 from fgvc.training.sheet import sample_sheet
 from fgvc.training.start import fit_teachers, fit_unfolded
 from fgvc.training.validate import score, start_doubt
@@ -373,16 +372,6 @@ def _save(
     session.process.barrier()
 
 
-def _few(images: int) -> list[str]:
-    """Words on validation images that are too few to rest on."""
-    if not 0 < images < FEWEST:
-        return []
-    return [
-        f"{images} validation images are few to choose by, and too few for calibrated probabilities ({FEWEST}): "
-        "data.val_fraction sets aside more"
-    ]
-
-
 def _describe(session: Session, events: Events) -> None:
     """Write down what was built: data, model, schedule, and doubts about them."""
     recipe, index = session.recipe, session.index
@@ -402,7 +391,7 @@ def _describe(session: Session, events: Events) -> None:
         f"{session.process.world} process(es), {recipe.train.precision}; ships: {recipe.selected}",
         *session.choices,
         *session.step.attachments.notes,
-        *_few(len(index.rows("val"))),
+        *few_words(len(index.rows("val"))),
     ]
     for line in lines:
         events.say(line)

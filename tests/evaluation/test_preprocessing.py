@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 from fgvc.config.images import Preprocess
 from fgvc.errors import FgvcError, UndecidedError
 from fgvc.evaluation.assignment import assign, halved
-from fgvc.evaluation.file_preprocessing import FileSearch
+from fgvc.evaluation.file_preprocessing import FileSearch, StatedAnswers
 from fgvc.evaluation.file_stack import OtherOrderError, file_stack
 from fgvc.evaluation.paired import mean_interval
 from fgvc.evaluation.preprocessing import COARSE, FEWEST_A_CLASS, NORMALISATIONS, likelier, sample_rows, search
@@ -132,18 +132,17 @@ def test_what_is_stated_is_not_left_open_by_the_images(monkeypatch: pytest.Monke
         path=Path("deployed.onnx"), spec=spec, search=replace(found, alternatives=(open_,)), labels_source="the folder"
     )  # fmt: skip
     monkeypatch.setattr("fgvc.evaluation.file_stack.search_file", lambda *_, **__: asked)
-    monkeypatch.setattr("fgvc.evaluation.file_stack.likelier_spec", lambda *_, **__: None)
-    monkeypatch.setattr("fgvc.evaluation.file_stack.known_order", lambda *_, **__: None)
+    answers = StatedAnswers()
+    monkeypatch.setattr("fgvc.evaluation.file_stack.ask_stated", lambda *_, **__: answers)
     stack = partial(file_stack, Path("deployed.onnx"), Path("set"), index=None, labels=None)  # type: ignore[arg-type]
     assert stack(preprocess=spec).labels == CLASSES
     assert stack(preprocess=spec).search is asked
     with pytest.raises(UndecidedError, match="do not tell how the file is fed"):
         stack(preprocess=None)
-    monkeypatch.setattr("fgvc.evaluation.file_stack.known_order", lambda *_, **__: found.order)
+    answers = StatedAnswers(found.order)
     assert stack(preprocess=spec).labels == CLASSES
     assert stack(preprocess=spec).search is None
-    other = replace(found.order, assigned=CLASSES[::-1], other=CLASSES)
-    monkeypatch.setattr("fgvc.evaluation.file_stack.known_order", lambda *_, **__: other)
+    answers = StatedAnswers(replace(found.order, assigned=CLASSES[::-1], other=CLASSES))
     with pytest.raises(OtherOrderError, match="in another order than that of the classes of set") as error:
         stack(preprocess=spec)
     assert error.value.labels == CLASSES[::-1]

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fgvc.config.data import SPLITS
+from fgvc.config.data import SPLITS, Split
 from fgvc.data.index import ImageIndex
 from fgvc.data.quality.colour import Colours, Normalisation, colours, doubts, is_grey, moments
 from fgvc.data.quality.duplicates import (
@@ -111,6 +111,11 @@ class Report(Display):
     def _repr_html_(self) -> str:
         findings = [*(("error", text) for text in self.errors), *(("warning", text) for text in self.warnings)]
         return table([("data", self.index.recognised), *list(self.facts.items())[1:], *findings])
+
+
+def no_split(split: Split) -> str:
+    """The warning of a split that has no image."""
+    return f"there is no {split} split"
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,7 +345,7 @@ def _judge(report: Report, max_unreadable: float) -> Report:
             (errors if split == "train" else warnings).append(text)
     for s, split in enumerate(SPLITS):
         if not report.counts[s].any() and split != "train":
-            warnings.append(f"there is no {split} split")
+            warnings.append(no_split(split))
     if report.unreadable:
         share = len(report.unreadable) / total
         listed = some([f"{index.paths[row]} ({reason})" for row, reason in report.unreadable])
