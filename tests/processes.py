@@ -13,20 +13,22 @@ import multiprocessing
 import os
 import runpy
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tests.charts import unpainted
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     [
-        "fgvc.api", "fgvc.cli.app", "fgvc.exporting.reference", "fgvc.training.trainer",
+        "fgvc.api", "fgvc.cli.app", "fgvc.exporting.reference", "fgvc.improvement.work", "fgvc.training.trainer",
         "albumentations", "matplotlib.backends.backend_agg", "torchmetrics.functional.classification",  # imported where needed
     ]
 )  # fmt: skip
@@ -98,6 +100,40 @@ def script(
 ) -> Started:
     """`python FILE ARGUMENTS...` in a new process."""
     return start(folder, _script, file, [str(argument) for argument in arguments], env=env, cwd=cwd)
+
+
+class Piped:
+    """A process that reads its orders and answers them, with as much of `subprocess.Popen` as `fgvc.improvement` uses."""
+
+    def __init__(self, folder: Path, function: Callable[[], object]) -> None:
+        orders, own_orders = _context.Pipe(duplex=False)
+        own_answers, answers = _context.Pipe(duplex=False)
+        self._process = start(folder, _piped, function, orders, answers)
+        self.pid = self._process.pid
+        self.stdin: IO[bytes] = os.fdopen(os.dup(own_orders.fileno()), "wb")
+        self.stdout: IO[bytes] = os.fdopen(os.dup(own_answers.fileno()), "rb")
+        for end in (orders, own_orders, answers, own_answers):
+            end.close()
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.returncode
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.process.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired("a forked process", timeout or 0.0)
+        return self.returncode
+
+
+def _piped(function: Callable[[], object], orders: Connection, answers: Connection) -> None:
+    for source, target in ((orders, 0), (answers, 1)):
+        os.dup2(source.fileno(), target)
+        source.close()
+    function()
 
 
 def _command(arguments: Sequence[str]) -> None:

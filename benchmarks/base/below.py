@@ -147,7 +147,7 @@ def _best(floor: np.ndarray, epochs: np.ndarray, choose: np.ndarray) -> np.ndarr
 
 def _settled(floor: np.ndarray, epochs: np.ndarray, choose: np.ndarray) -> np.ndarray:
     """The end, or the start where they like that better by more than one standard error."""
-    return floor if beats(floor[choose], epochs[-1][choose]) else epochs[-1]
+    return floor if beats(epochs[-1][choose], floor[choose]) else epochs[-1]
 
 
 def _end(floor: np.ndarray, epochs: np.ndarray, choose: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ from fgvc.config.exporting import BatchNorm, Export, Exporter
 from fgvc.config.images import Preprocess
 from fgvc.config.loading import validate
 from fgvc.config.recipe import Selected
-from fgvc.data.index import ImageIndex
+from fgvc.data.index import ImageIndex, spread
 from fgvc.data.loader import evaluation_loader
 from fgvc.data.unseen import judged
 from fgvc.errors import FgvcError
@@ -385,8 +385,7 @@ def _proof_images(run: LoadedRun) -> Iterable[np.ndarray]:
     splits: tuple[Split, ...] = ("val", "train")
     for split in splits:
         rows, last = run.rows(split), split == splits[-1]
-        some = rows[np.linspace(0, len(rows) - 1, min(MAX_IMAGES, len(rows))).astype(int)]
-        any_read = False
+        any_read, some = False, spread(rows, MAX_IMAGES)
         for batch in evaluation_loader(run.index, some, spec=run.preprocess, batch_size=32, workers=0, some=last, what="proofs"):
             any_read = True
             yield batch.images.numpy()

@@ -56,7 +56,7 @@ def _steps(recipe: Recipe) -> Iterator[str]:
     if recipe.train.batch_size != "auto" and recipe.train.batch_size % recipe.train.grad_accum_steps:
         yield (
             f"train.batch_size: {recipe.train.batch_size} images can't be divided into train.grad_accum_steps "
-            f"{recipe.train.grad_accum_steps} equal parts"
+            f"{recipe.train.grad_accum_steps} equal micro-batches"
         )
     if recipe.optim.sam is not None and recipe.train.precision == "fp16":
         yield (
@@ -119,7 +119,7 @@ def _techniques(recipe: Recipe) -> Iterator[str]:
                 f"techniques.{kind}: needs images of {config.requires.side} pixels a side or more, and image.size is "
                 f"{list(recipe.image.size)}"
             )
-        if config.requires.geometry and recipe.augment.moves_unsaid:
+        if config.requires.geometry and recipe.augment.hides_geometry:
             yield (
                 f"techniques.{kind}: needs to know where in its image each crop lies, and augment.policy: "
                 f"{recipe.augment.policy} shears, shifts and rotates without telling; set augment.policy_geometry to false, "

@@ -106,7 +106,7 @@ class Augment(Section):
         return self
 
     @property
-    def moves_unsaid(self) -> bool:
+    def hides_geometry(self) -> bool:
         """Whether the policy moves pixels without telling where they come from."""
         return self.policy not in ("none", "3-augment") and self.policy_geometry
 

@@ -17,7 +17,7 @@ class Requires:
 
     average: bool = False  # the moving average of the weights: an `ema:` section
     boxes: bool = False  # of the objects, in the data
-    geometry: bool = False  # where each crop lies in its image, without a remainder: no policy that moves pixels unsaid
+    geometry: bool = False  # where each crop lies in its image, without a remainder: no policy that moves pixels without a record
     whole_labels: bool = False  # images of one label, in some steps at least
     cross_entropy: bool = False  # as the base loss, all classes alike
     epochs: int = 1  # as many, or more

@@ -31,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fgvc.data.index import ImageIndex
+from fgvc.data.index import ImageIndex, spread
 from fgvc.errors import FgvcError, ImageError
 from fgvc.io.files import cache_folder, file_lock, remove, sync, write_atomic
 
@@ -307,7 +307,7 @@ def _in_order(
 def _check_space(
     folder: Path, rows: NDArray[np.int64], load: Callable[[int], Decoded | ImageError], pool: ThreadPoolExecutor
 ) -> None:
-    sample = rows[np.linspace(0, len(rows) - 1, min(_SAMPLE, len(rows)), dtype=np.int64)] if len(rows) else rows
+    sample = spread(rows, _SAMPLE)
     loaded = [decoded[0].size for decoded in _in_order(pool, load, sample.tolist()) if not isinstance(decoded, ImageError)]
     needed = int(1.1 * 3 * sum(w * h for w, h in loaded) / max(1, len(sample)) * len(rows))
     free = shutil.disk_usage(folder).free

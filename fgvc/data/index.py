@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from fgvc.config.data import SPLITS, Split
@@ -80,6 +81,11 @@ class ImageIndex(Display):
     @property
     def facts(self) -> Mapping[str, object]:
         return {"": self.root, "images": len(self), "classes": len(self.classes)}
+
+
+def spread(rows: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """Select up to `count` of the rows (N,), evenly over all of them."""
+    return rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(np.int64)] if len(rows) else rows
 
 
 def decode_row(index: ImageIndex, row: int) -> Image.Image:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from fgvc.config.images import Ending
 from fgvc.config.runtime import HIGHEST, LOWEST, Calibration
+from fgvc.data.index import spread
 
 BINS = 15  # of the calibration error (Guo et al. 2017)
 FEWEST = 50  # images; with fewer, the fit would be noise
@@ -172,10 +173,10 @@ def calibrate(
     Temperature scaling (Guo et al., ICML 2017, arXiv:1706.04599): the number that divides all logits so that the cross-entropy
     is least; it changes no answer, only how sure it is. The threshold keeps at least `keep` of the right answers of new images of
     the same kind, on average (split conformal, Angelopoulos & Bates 2023, arXiv:2107.07511): nothing is known here of images of
-    other classes, so how many of those it rejects is not promised. `keep` in (0,1]; 1 rejects nothing. `known`: what was fitted
-    here before; its temperature stays, and its threshold where it keeps as much. Both have six decimals, as they are stored.
-    `ending`: of the network's file; with a sigmoid, each class's probability is its own, and the cross-entropy is binary, summed
-    over the classes.
+    other classes, so how many of those it rejects is not promised. `keep` in (0,1]; 1 rejects nothing. `previous`: what was
+    fitted here before; its temperature stays, and its threshold where it keeps as much. Both have six decimals, as they are
+    stored. `ending`: of the network's file; with a sigmoid, each class's probability is its own, and the cross-entropy is
+    binary, summed over the classes. Raises ValueError for another `keep`.
     """
     z, y, right = _labelled_logits(logits, labels)
     if not 0 < keep <= 1:
@@ -340,8 +341,7 @@ def confidence_of(z: Floats, temperature: float, ending: Ending | None = None) -
 
 def fitting_sample(rows: NDArray[np.int64], classes: int) -> NDArray[np.int64]:
     """Select as many of `rows`, evenly spread, as a fit needs and memory holds with their logits."""
-    count = min(len(rows), MAX_IMAGES, max(FEWEST, MAX_LOGITS // classes))
-    return rows[np.linspace(0, len(rows) - 1, count).astype(int)]
+    return spread(rows, min(MAX_IMAGES, max(FEWEST, MAX_LOGITS // classes)))
 
 
 def _losses(z: Floats, y: NDArray[np.int64], temperature: float, ending: Ending | None = None) -> Floats:

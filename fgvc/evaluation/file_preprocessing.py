@@ -74,30 +74,30 @@ class FileSearch(Display):
     @property
     def doubts(self) -> tuple[str, ...]:
         """What these images do not tell of how the file is fed, in words."""
-        found = self.search
+        search = self.search
         return tuple(
-            f"these images do not tell {other.factor.replace('_', ' ')} {found.best.value(other.factor)} from "
+            f"these images do not tell {other.factor.replace('_', ' ')} {search.best.value(other.factor)} from "
             f"{other.trial.value(other.factor)}, which could be worth {100 * other.worth:.1f} points at most: the former is "
             "taken; give a preprocess.json where pictures of another kind come"
-            for other in found.undecided
+            for other in search.undecided
         )
 
     def numbers(self) -> dict[str, Any]:
         """For JSON."""
-        found, order = self.search, self.search.order
+        search, order = self.search, self.search.order
         return {
             "file": str(self.path),
             "preprocess": self.spec.model_dump(mode="json"),
             "decided": self.decided,
-            "images": found.images, "classes": found.classes, "trials": found.trials, "seconds": round(found.seconds, 1),
-            "loss": found.best.loss, "accuracy": found.best.accuracy,
+            "images": search.images, "classes": search.classes, "trials": search.trials, "seconds": round(search.seconds, 1),
+            "loss": search.best.loss, "accuracy": search.best.accuracy,
             "alternatives": [
                 {
                     "factor": other.factor, "value": other.trial.value(other.factor), "decided": other.decided,
                     "loss": other.trial.loss, "accuracy": other.trial.accuracy, "loss_difference": [other.low, other.high],
                     "most_accuracy_gained": other.worth, "preprocess": other.trial.spec.model_dump(mode="json"),
                 }
-                for other in found.alternatives
+                for other in search.alternatives
             ],
             "labels": {
                 "stated_by": self.labels_source, "holds": self.order_holds, "decided": order.decided, "other": list(order.other),
@@ -107,13 +107,13 @@ class FileSearch(Display):
 
     def lines(self) -> list[str]:
         """For people."""
-        found, best, order = self.search, self.search.best, self.search.order
+        search, best, order = self.search, self.search.best, self.search.order
         lines = [
-            f"{self.path}: asked about {found.images} images of {found.classes} classes, {found.trials} preprocessings, "
-            f"{found.seconds:.0f} s",
+            f"{self.path}: asked about {search.images} images of {search.classes} classes, {search.trials} preprocessings, "
+            f"{search.seconds:.0f} s",
             f"likeliest: {described(self.spec)}: {100 * best.accuracy:.1f} % right, loss {best.loss:.3f}",
         ]
-        lines += [_compared(other, best.value(other.factor)) for other in found.alternatives]
+        lines += [_compared(other, best.value(other.factor)) for other in search.alternatives]
         if not order.stated:
             lines.append(f"labels: nothing states their order; by its answers: {few(self.labels)}")
         elif order.decided and not order.other:
@@ -223,11 +223,11 @@ def ask_stated(
     except FgvcError:
         return StatedAnswers()
     names = _normalisations(session.file)
-    found = likelier(lambda x: _log_probabilities(session, x), pictures, numbers, spec, normalisations=names, seconds=seconds)
+    pair = likelier(lambda x: _log_probabilities(session, x), pictures, numbers, spec, normalisations=names, seconds=seconds)
     order = _known_order(session, pictures, numbers, index.classes, labels, spec)
-    if found is None:
+    if pair is None:
         return StatedAnswers(order)
-    given, best = found
+    given, best = pair
     stated, keys = given.spec.model_dump(), best.spec.model_dump()
     others = ", ".join(f"{key} {value} for {stated[key]}" for key, value in keys.items() if value != stated[key])
     words = (

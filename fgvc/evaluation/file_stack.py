@@ -99,20 +99,20 @@ def file_stack(
         raise UndecidedStackError(f"{lines}\nthese images do not tell how the file is fed", search.spec)
     if not search.order_holds:
         raise OtherOrderError(lines, search.labels)
-    complete = _complete(search.search.order, file, index, said=f"{lines}\n")
+    complete = _complete(search.search.order, file, index, prefix=f"{lines}\n")
     return FileStack(
         preprocess=preprocess or search.spec, labels=complete, search=search,
         doubts=doubts if preprocess is not None else search.doubts,
     )  # fmt: skip
 
 
-def _complete(order: Order, file: Path, index: ImageIndex, *, said: str = "") -> tuple[str, ...]:
+def _complete(order: Order, file: Path, index: ImageIndex, *, prefix: str = "") -> tuple[str, ...]:
     """A class an output. Raises OtherOrderError, with what was `said` before, where an output is of none."""
     labels = order.stated or shown_labels(order)
     if UNASSIGNED in labels:
         outputs, classes = len(labels), len(index.classes)
         raise OtherOrderError(
-            f"{said}{file}: has {outputs} outputs, and the images are of {classes} classes: nothing says what the others are",
+            f"{prefix}{file}: has {outputs} outputs, and the images are of {classes} classes: nothing says what the others are",
             labels,
         )
     return labels

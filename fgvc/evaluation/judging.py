@@ -13,7 +13,7 @@ from scipy.special import log_expit, log_softmax
 from fgvc.config.data import SPLITS, Split
 from fgvc.config.shipped import recipe_file
 from fgvc.data.beside import read_folder, with_folder
-from fgvc.data.index import ImageIndex
+from fgvc.data.index import ImageIndex, spread
 from fgvc.data.recipe import load_recipe
 from fgvc.data.unseen import OPTIONS, Pool, Seen, all_seen, seen_words, unseen_pool
 from fgvc.errors import FgvcError, NoUnseenImagesError
@@ -160,20 +160,20 @@ def _recorded(source: _Source, sides: Sequence[Classifier]) -> Images | None:
     """The images of the source's set that judge by the record of a run or bundle, of those of both sides where both have one, or
     by that of the source; None: no record is of this set."""
     root = source.index.root.resolve()
-    found: list[tuple[Path, Images]] = []
+    claims: list[tuple[Path, Images]] = []
     for side in sides:
         if side.run is not None and side.run.index.unseen and side.run.index.root.resolve() == root:
             rows = side.run.rows("test")
-            found.append((side.path, Images(index=side.run.index, rows=rows, split="test", unseen=side.run.index.unseen)))
+            claims.append((side.path, Images(index=side.run.index, rows=rows, split="test", unseen=side.run.index.unseen)))
         elif side.judge is not None and (images := _of_bundle(side, source.index)) is not None:
-            found.append((side.path, images))
-    if not found and source.index.unseen:
-        found.append((Path(source.name), _of_split(source, "test", ())))
-    if not found:
+            claims.append((side.path, images))
+    if not claims and source.index.unseen:
+        claims.append((Path(source.name), _of_split(source, "test", ())))
+    if not claims:
         return None
-    owner, images = found[0]
+    owner, images = claims[0]
     names = np.array(file_names(images.index, images.rows))
-    for other, others in found[1:]:
+    for other, others in claims[1:]:
         both = np.isin(names, file_names(others.index, others.rows))
         if not both.any():
             raise NoUnseenImagesError(
@@ -231,8 +231,7 @@ def evidence(side: Classifier, index: ImageIndex) -> str:
     """How well a deployed file names images of a set, up to SAMPLE of all classes, in words; empty: none could be asked about."""
     if not set(index.classes) <= set(side.classes) or not len(index):
         return ""
-    rows = np.argsort(index.labels, kind="stable")
-    rows = rows[np.linspace(0, len(rows) - 1, min(SAMPLE, len(rows))).astype(np.int64)]
+    rows = spread(np.argsort(index.labels, kind="stable"), SAMPLE)
     answers = side.answers(index, rows, workers=0)
     numbers = np.array([side.classes.index(name) for name in index.classes])
     return score_words(answers, numbers[answers.labels]) if len(answers.rows) else ""

@@ -93,7 +93,9 @@ def compare_predictions(labels: NDArray[Any], a: NDArray[Any], b: NDArray[Any]) 
 
 
 def compare_right(y: NDArray[np.int64], a_right: Truths, b_right: Truths) -> Paired:
-    """The same by whether A and B name each image rightly (N,)."""
+    """Compare A and B as `compare_predictions` does, by whether each names the images with labels y (N,) rightly (N,).
+
+    Raises FgvcError without any image."""
     if not len(y):
         raise FgvcError("nothing to compare: no image that can be read")
     losses, wins = int((a_right & ~b_right).sum()), int((~a_right & b_right).sum())
@@ -103,13 +105,13 @@ def compare_right(y: NDArray[np.int64], a_right: Truths, b_right: Truths) -> Pai
 
 
 def standing(pair: Paired) -> dict[str, float]:
-    """B beside its floor A, for records: top-1 of both, shares in [0,1]; the gain is B's minus A's."""
+    """Return the record of B beside its floor A: top-1 of both, shares in [0,1]; the gain is B's minus A's."""
     shares = {"top1": pair.b_right.mean(), "floor": pair.a_right.mean(), "gain": pair.gain}
     return {name: round(float(value), 6) for name, value in (shares | {"low": pair.low, "high": pair.high}).items()}
 
 
 def beside_floor(pair: Paired) -> str:
-    """The same in words."""
+    """Describe B's floor A and B's gain over it, in words."""
     return (
         f"the floor (logistic regression on the frozen net) {100 * pair.a_right.mean():.2f} %: {100 * pair.gain:+.2f} points, "
         f"95 % interval {100 * pair.low:+.1f} to {100 * pair.high:+.1f}"
@@ -140,9 +142,9 @@ def paired_gain(old: Truths, new: Truths, *, level: float = LEVEL) -> tuple[floa
     return (wins - losses) / len(new), *gain_interval(wins, losses, len(new), level=level)
 
 
-def beats(new: Truths, old: Truths) -> bool:
-    """Whether one is better than a simpler one on the same images (N,), by more than one standard error (Breiman et al. 1984, in
-    their section 3.4.3)."""
+def beats(old: Truths, new: Truths) -> bool:
+    """Whether `new` names the same images (N,) better than `old`, the simpler one, by more than one standard error (Breiman et
+    al. 1984, in their section 3.4.3)."""
     _, low, _ = paired_gain(old, new, level=ONE_ERROR)
     return low > 0
 

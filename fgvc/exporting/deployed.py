@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,6 +35,7 @@ from fgvc.exporting.reference import Plain, versions
 from fgvc.exporting.spelling import CANONICAL
 from fgvc.exporting.temperature import Divided, divide_last
 from fgvc.io.display import Display
+from fgvc.io.files import file_sha256
 from fgvc.io.names import some
 from fgvc.models.backbone import feature_layout, memory_format
 from fgvc.models.class_maps import closed_form
@@ -186,7 +186,7 @@ class DeployedFile:
         return {
             "file": {
                 "name": self.file.name,
-                "sha256": {path.name: _sha256(path) for path in files},
+                "sha256": {path.name: file_sha256(path) for path in files},
                 "skeleton_sha256": skeleton(self.file),
                 "outside_sha256": outside,
             },
@@ -323,11 +323,6 @@ def _refuse_other_maps(
     bias = 0 if net.classifier.bias is None else net.classifier.bias.detach().numpy()
     if not _relative(maps.mean((2, 3)) + bias, logits) <= 10 * bar:
         raise FgvcError("its class activation maps do not add up to its logits")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)

@@ -18,6 +18,7 @@ from fgvc.config.loading import merge
 from fgvc.errors import FgvcError
 from fgvc.improvement.task import Task
 from fgvc.improvement.work import Timing
+from fgvc.training.start import UNFOLD_IMAGES, VIEWS
 
 Stage = Literal["probe", "tune", "teach", "ship"]
 STAGES: tuple[Stage, ...] = ("probe", "tune", "teach", "ship")
@@ -26,12 +27,10 @@ MOST_EPOCHS = 24
 FULL_EPOCHS = 12  # that what ships gets where the budget has them, however short the rungs before it were
 TEACHER_SCALE = 1.4  # side of a teacher's input over the network's, about: 160 px are taught at 224
 SAFETY = 1.15  # times what was timed
-VIEWS = 3  # of an image, from which a head is fitted
-FIT = 1e-4  # seconds of the fit for each of them, and for each class
+FIT = 1e-4  # seconds of a head's fit for each view of an image, and for each class
 ALONE = 0.7  # of its time, that a rung takes with the threads of two
-UNFOLDED = 512  # images by which scales are fitted to a deployed file's folded norms
 SHIPPING = 30.0  # seconds of export and proofs, and of the page
-BETWEEN, JUDGED = 8, 5  # looks at an image: by the nets between a start and an end, decoded once; by all that are judged
+LOOKS_BETWEEN, LOOKS_JUDGED = 8, 5  # at an image: by the nets between a start and an end, decoded once; by all that are judged
 PLAIN_SHARE = 1 / 4  # of the budget, at most
 PROBE_SHARE = 1 / 15
 SEARCH_SHARE = 0.4  # of what is left of the budget
@@ -149,8 +148,8 @@ def makespan(rungs: Iterable[Rung], slots: int) -> float:
 def cost(timing: Timing, *, learn: int, choose: int, epochs: int, classes: int, fits: bool = False) -> float:
     """Seconds of a run: its start, the scores before and after, the fit of a teacher's head and (`fits`) of one of its own, and
     its steps."""
-    looks = ((3 + BETWEEN * (epochs > 0)) * choose + UNFOLDED) * timing.look
-    views, fit = VIEWS * learn, FIT * classes
+    looks = ((3 + LOOKS_BETWEEN * (epochs > 0)) * choose + UNFOLD_IMAGES) * timing.look
+    views, fit = (1 + VIEWS) * learn, FIT * classes
     fitted = views * (timing.look + fit) * fits + views * (timing.teacher_look + fit) * (timing.teacher_look > 0)
     steps = max(1, learn // timing.batch) * epochs
     return SAFETY * (timing.start + looks + fitted + steps * timing.step)
@@ -164,7 +163,7 @@ def plan_ladder(
 
     Raises FgvcError where not even the plainest fits.
     """
-    shipping = SHIPPING + JUDGED * task.counts["test"] * timings[BASE].look
+    shipping = SHIPPING + LOOKS_JUDGED * task.counts["test"] * timings[BASE].look
     left = budget - spent - shipping
     searching = SEARCH_SHARE * max(0.0, left) if search and task.chooses else 0.0
     left -= searching

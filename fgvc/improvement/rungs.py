@@ -273,7 +273,7 @@ class Ladder:
             return
         best = names[0]
         for name in names[1:]:
-            if beats(self._right(name), self._right(best)):
+            if beats(self._right(best), self._right(name)):
                 best = name
         self.choices[what] = best
         self._store()
@@ -297,7 +297,7 @@ class Ladder:
         trial = best_trial(self.out, seed)
         if trial is not None and not (between := self.run(f"{trial[0]}-{BETWEEN}")).exists():
             interpolate(self.run(trial[0]), between)
-        if trial is not None and beats(self._right(trial[0]), self._right(best)):
+        if trial is not None and beats(self._right(best), self._right(trial[0])):
             self.choices |= {"searched": trial[0], "trial": merged(self.settings(best), trial[1])}
         else:
             self.choices["searched"] = best

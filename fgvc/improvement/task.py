@@ -37,7 +37,7 @@ from fgvc.studies.candidate import start_model
 
 BASE = "any/plain"
 MUCH = 0.02  # of a gain, below which none can be shown
-SEARCH_SHARE = 1 / 8  # of the budget, for the search of a preprocessing that nobody remembers
+PREPROCESS_SHARE = 1 / 8  # of the budget, for the search of a preprocessing that nobody remembers
 Say = Callable[[str], None]
 
 
@@ -307,7 +307,7 @@ def _stack(
         stack = file_stack(
             file, request.data, index=divided.unjudged, labels=labels, preprocess=fed, size=request.size,
             output=inspection.output, insisted=request.preprocess is not None,
-            seconds=min(100.0, SEARCH_SHARE * request.budget),
+            seconds=min(100.0, PREPROCESS_SHARE * request.budget),
         )  # fmt: skip
     except DeniedStackError as error:
         likeliest = _left(out / "preprocess.found.json", as_json(error.spec.model_dump(mode="json")))

@@ -122,6 +122,12 @@ def fill(path: Path, content: Content) -> str:
         return file.finish()
 
 
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal digits. Raises OSError where it can't be read."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def as_json(value: Any) -> str:
     """`value` as the text of a JSON file; NaN and infinity, which JSON lacks, become null."""
     return json.dumps(finite_or_none(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n"

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from fgvc.data.index import spread
 from fgvc.data.loader import evaluation_loader
 from fgvc.errors import FgvcError
 from fgvc.exporting.proofs import BATCH_TOLERANCE, FOLD_TOLERANCE, ONNX_TOLERANCE, SHIPPED_TOLERANCE
@@ -161,7 +162,7 @@ def _stack_differences(bundle: Bundle, run: LoadedRun) -> list[str]:
 
 
 def _compare_logits(bundle: Bundle, run: LoadedRun, answer: Answers) -> Certificate:
-    at = np.unique(np.linspace(0, len(answer.rows) - 1, min(COMPARED_IMAGES, len(answer.rows))).astype(int))
+    at = spread(np.arange(len(answer.rows)), COMPARED_IMAGES)
     loader = evaluation_loader(run.index, answer.rows[at], spec=run.preprocess, batch_size=COMPARED_IMAGES, workers=0)
     x = np.concatenate([batch.images.numpy() for batch in loader])
     divided_by = float(bundle.contract.get("temperature", {}).get("divided_by", 1.0))

@@ -14,7 +14,7 @@ from torch import Tensor
 from fgvc.config.images import Preprocess
 from fgvc.config.recipe import Recipe
 from fgvc.config.techniques import enabled_techniques
-from fgvc.data.index import ImageIndex, decode_row
+from fgvc.data.index import ImageIndex, decode_row, spread
 from fgvc.data.loader import evaluation_loader
 from fgvc.errors import FgvcError
 from fgvc.images.address import picture
@@ -32,7 +32,6 @@ from fgvc.techniques.api import Batch, View
 from fgvc.techniques.mixing import MixingTechnique, partner_rows
 from fgvc.training.batch import to_batch
 from fgvc.training.epoch_start import epoch_start
-from fgvc.training.images import spread
 from fgvc.training.log import Events
 from fgvc.training.session import Session, open_session
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from fgvc.config.training import Train
 from fgvc.errors import FgvcError
-from fgvc.io.files import fill, make_folder, making, remove, rename, writing
+from fgvc.io.files import file_sha256, fill, make_folder, making, remove, rename, writing
 from fgvc.runs.links import LINKS, free_path, leads_to, publish, resolved
 
 Name = Literal["last", "best", "start"]
@@ -303,9 +303,8 @@ def _checked_meta(path: Path) -> _Meta:
     if foreign := sorted(present - files.keys()):
         raise ValueError(f"{foreign[0]} was not written with it")
     for name, expected in files.items():
-        with (path / name).open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != expected:
-                raise ValueError(f"{name}: its SHA-256 is another")
+        if file_sha256(path / name) != expected:
+            raise ValueError(f"{name}: its SHA-256 is another")
     return _Meta(Progress(**progress), files)
 
 

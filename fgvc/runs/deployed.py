@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 from fgvc.config.recipe import Recipe
 from fgvc.data.deployed import with_recorded_defaults
 from fgvc.errors import FgvcError
-from fgvc.io.files import as_json, make_folder, remove, rename, write_atomic
+from fgvc.io.files import as_json, file_sha256, make_folder, remove, rename, write_atomic
 from fgvc.models.onnxnet.payload import external_files
 from fgvc.models.onnxnet.read import load_model
 
@@ -29,8 +28,7 @@ def record_of(onnx: Path) -> dict[str, Any]:
 
 def _digest(path: Path) -> str:
     try:
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        return file_sha256(path)
     except OSError as error:
         raise FgvcError(f"{path}: can't be read, and has weights of the deployed file: {error.strerror}") from error
 

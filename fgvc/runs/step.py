@@ -94,7 +94,7 @@ class StepModule(nn.Module):
         self._hooked: dict[str, Tensor] = {}
         self._fired: set[tuple[str, str]] = set()
         self._group: list[View] = []
-        self._inside = False  # False in the backward, where checkpointed parts of the net run once more
+        self._inside = False  # False in the backward, where checkpointed blocks of the net run once more
         self.contexts: dict[str, Context] = {}
         self.eval_logits: list[Tensor] = []  # (B,K) each, of the eval passes since this was last emptied
         self._mapper = ClassMapper(net)
@@ -109,16 +109,16 @@ class StepModule(nn.Module):
             if overrides(technique, name)
         ]
 
-    def draw(self, batch: Batch, progress: float, *, seed: int, step: int, part: int = 0, rank: int = 0) -> Draws:
+    def draw(self, batch: Batch, progress: float, *, seed: int, step: int, micro_batch: int = 0, rank: int = 0) -> Draws:
         """Draw all random numbers of one step. Each technique has a stream of its own: what it draws does not depend on what
         else is switched on, so runs with and without another technique can be compared step by step. Of the techniques
-        that mix one at most draws, the same one in all parts and on all ranks."""
+        that mix one at most draws, the same one in all micro-batches and on all ranks."""
         mixers = {kind: mixes(progress) for kind, mixes in self.hooks("mixes")}
         mixer = _pick_by_share(mixers, generator(STEP, seed, step, 0, 0, crc32(b"which one mixes")).random())
         drawn = {}
         for kind, draw in self.hooks("draw"):
             if kind not in mixers or kind == mixer:
-                drawn[kind] = draw(generator(STEP, seed, step, part, rank, crc32(kind.encode())), batch)
+                drawn[kind] = draw(generator(STEP, seed, step, micro_batch, rank, crc32(kind.encode())), batch)
         return Draws(progress, drawn)
 
     def forward(

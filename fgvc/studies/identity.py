@@ -12,6 +12,7 @@ from typing import Any, Literal
 from fgvc.config.recipe import Recipe
 from fgvc.data.index import ImageIndex
 from fgvc.errors import FgvcError
+from fgvc.io.files import file_sha256
 from fgvc.runs.checkpoint import read_progress, slot
 from fgvc.runs.deployed import as_kept, record_of
 from fgvc.runs.folder import read_run
@@ -129,5 +130,4 @@ def _files_digest(paths: Iterable[Path]) -> str:
 
 @cache
 def _file_digest(path: Path, changed: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_sha256(path)

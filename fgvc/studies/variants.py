@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from fgvc.config.data import Split
 from fgvc.config.runtime import Calibration
+from fgvc.data.index import spread
 from fgvc.data.loader import evaluation_loader
 from fgvc.errors import FgvcError
 from fgvc.evaluation.agreement import FP16, INT8, Agreement, AgreementLimits, measure_agreement
@@ -154,8 +155,7 @@ def _limits(limits: AgreementLimits, agreement: float | None) -> AgreementLimits
 def _calibration(run: LoadedRun, count: int) -> Iterator[np.ndarray]:
     """Yield up to `count` train images, evenly over the classes, as serving sees them."""
     rows = run.rows("train")
-    rows = rows[np.argsort(run.index.labels[rows], kind="stable")]
-    rows = rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]
+    rows = spread(rows[np.argsort(run.index.labels[rows], kind="stable")], count)
     for batch in evaluation_loader(run.index, rows, spec=run.preprocess, batch_size=64, workers=0, what="smaller files"):
         yield batch.images.numpy()
 

@@ -75,10 +75,10 @@ def _measured(
         unit = " of CPU time" * (process.device.type == "cpu")
         notes = [*notes, f"train.precision: {train.precision}, {described(seconds)}{unit}"]
     if recipe.train.batch_size == "auto":
-        parts = parts_for(step, train, process.world)
-        if parts > train.grad_accum_steps:
-            train = train.model_copy(update={"grad_accum_steps": parts})
-            notes = [*notes, f"train.grad_accum_steps: {parts}, for want of memory: in so many parts of a step"]
+        count = micro_batches_for(step, train, process.world)
+        if count > train.grad_accum_steps:
+            train = train.model_copy(update={"grad_accum_steps": count})
+            notes = [*notes, f"train.grad_accum_steps: {count}, for want of memory: so many micro-batches a step"]
     return train, notes
 
 
@@ -118,14 +118,14 @@ def described(seconds: dict[str, float]) -> str:
     return f"the faster of both by a step of a few images here: {times}"
 
 
-def parts_for(step: NoiseStep, train: Train, world: int) -> int:
-    """The least number of equal parts of a rank's share of a step whose memory is there."""
+def micro_batches_for(step: NoiseStep, train: Train, world: int) -> int:
+    """Return the least number of equal micro-batches of a rank's share of a step whose memory is there."""
     share = train.images // world
     per_image = HEADROOM * step.saved_bytes(2) / 2
     fixed = COPIES * sum(p.numel() * p.element_size() for p in step.step.parameters())
     room = SHARE * free_bytes(step.process.device) - fixed
-    possible = [parts for parts in range(train.grad_accum_steps, share // 2 + 1) if share % parts == 0]
-    fitting = [parts for parts in possible if share // parts * per_image <= room]
+    possible = [count for count in range(train.grad_accum_steps, share // 2 + 1) if share % count == 0]
+    fitting = [count for count in possible if share // count * per_image <= room]
     return fitting[0] if fitting else possible[-1] if possible else train.grad_accum_steps
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fgvc.config.recipe import Recipe
 from fgvc.data.augment import Augmenter
-from fgvc.data.index import ImageIndex
+from fgvc.data.index import ImageIndex, spread
 from fgvc.data.loader import augmented_views, evaluation_loader
 from fgvc.errors import FgvcError
 from fgvc.exporting.proofs import MAX_IMAGES as PROOF_IMAGES
@@ -24,7 +24,7 @@ from fgvc.io.display import Display
 from fgvc.models.classifier import as_classifier
 from fgvc.runs.distributed import process_group
 from fgvc.training.automatic import settle, settled_process
-from fgvc.training.images import spread, training_index
+from fgvc.training.images import training_index
 from fgvc.training.noise import NoiseStep, open_noise_step
 from fgvc.training.start import MAX_IMAGES, VIEWS
 

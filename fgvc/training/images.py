@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from numpy.typing import NDArray
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fgvc.config.images import Preprocess
@@ -62,11 +61,6 @@ def _first_index(recipe: Recipe) -> ImageIndex:
         spec = Preprocess(size=recipe.image.size, **keys)
         side = Classifier(path=model.onnx, kind="onnx", classes=index.classes, preprocess=spec, session=session)
         raise NoUnseenImagesError(all_seen(index.root, SETTINGS, evidence(side, index))) from error
-
-
-def spread(rows: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-    """Select up to `count` of the rows, evenly over all of them."""
-    return rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(np.int64)]
 
 
 def training_loader(

@@ -47,7 +47,7 @@ def advice_on_failure(recipe: Recipe, out: Path) -> Iterator[None]:
             raise
         raise FgvcError(
             f"out of memory with train.batch_size={recipe.train.batch_size} at {recipe.image.size} px. "
-            f"Raise train.grad_accum_steps (now {recipe.train.grad_accum_steps}; the same steps in smaller parts), "
+            f"Raise train.grad_accum_steps (now {recipe.train.grad_accum_steps}; the same steps in smaller micro-batches), "
             "or lower image.size. "
             f"{new_run_advice(out)}"
         ) from error

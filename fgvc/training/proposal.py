@@ -16,14 +16,13 @@ from PIL import Image
 from fgvc.config.loading import merge, recipe_tree, validate
 from fgvc.config.recipe import Recipe
 from fgvc.config.shipped import DEFAULT, recipe_file
-from fgvc.data.index import ImageIndex
+from fgvc.data.index import ImageIndex, spread
 from fgvc.data.recipe import resolve_data
 from fgvc.data.sources.read import read_source
 from fgvc.io.times import about
 from fgvc.models.weights import PACKAGED, is_packaged
 from fgvc.runtime.engine import available_cpus
 from fgvc.training.forecast import Forecast, forecast
-from fgvc.training.images import spread
 
 BUDGET = 3600.0  # seconds that a proposed run may take here, from the command to the bundle
 BACKBONES = (

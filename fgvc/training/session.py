@@ -21,7 +21,7 @@ from fgvc.config.data import SPLITS
 from fgvc.config.images import Preprocess
 from fgvc.config.models import run_of
 from fgvc.config.recipe import Recipe
-from fgvc.data.index import ImageIndex
+from fgvc.data.index import ImageIndex, spread
 from fgvc.data.loader import TrainLoader, evaluation_loader
 from fgvc.data.unseen import FEWEST_TO_CHOOSE
 from fgvc.errors import FgvcError, NoUnseenImagesError
@@ -38,7 +38,7 @@ from fgvc.techniques.distill.teacher import ProbedNet
 from fgvc.training.automatic import settle, settled_process
 from fgvc.training.batch import Normalise
 from fgvc.training.building import build_optimizer, first_weights, teacher_loader
-from fgvc.training.images import Notify, spread, training_index, training_loader
+from fgvc.training.images import Notify, training_index, training_loader
 from fgvc.training.kept_rows import keep_rows
 from fgvc.training.means import RunningMeans
 from fgvc.training.optim import make_ema, make_schedule, make_swa

@@ -46,4 +46,4 @@ def settle_best(out: Path, recipe: Recipe) -> None:
     if not len(others):
         return
     both, ours, theirs = np.intersect1d(others, rows, return_indices=True)
-    checkpoint.choose_best(out / "ckpt", "start" if len(both) and beats(start[ours], end[theirs]) else "last")
+    checkpoint.choose_best(out / "ckpt", "start" if len(both) and beats(end[theirs], start[ours]) else "last")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fgvc.config.images import Preprocess
 from fgvc.config.recipe import Recipe
 from fgvc.data.augment import Augmenter
-from fgvc.data.index import ImageIndex
+from fgvc.data.index import ImageIndex, spread
 from fgvc.data.loader import augmented_views, evaluation_loader
 from fgvc.errors import FgvcError
 from fgvc.evaluation.features import pooled
@@ -22,7 +22,6 @@ from fgvc.models.backbone import memory_format
 from fgvc.models.probe import Probe, fit_probe, linear_head, put_head
 from fgvc.reparam.unfold import NormedConv2d, ScaledConv2d, fit
 from fgvc.training.batch import Normalise, to_batch
-from fgvc.training.images import spread
 from fgvc.training.session import Session
 
 UNFOLD_IMAGES = 512  # of which the statistics of convolutions are taken

@@ -240,16 +240,16 @@ def _end(out: Path, events: Events, progress: checkpoint.Progress, recipe: Recip
 
 def _steps(session: Session, events: Events) -> Iterator[tuple[dict[str, Tensor], int]]:
     """Run the rest of the epoch that `progress` is in; yields each optimizer step's losses and number of images."""
-    progress, parts = session.progress, session.recipe.train.grad_accum_steps
+    progress, per_step = session.progress, session.recipe.train.grad_accum_steps
     micro_batches = session.loader.epoch(progress.epoch, start=progress.micro)
-    for _ in range(progress.micro // parts, session.steps_per_epoch):
+    for _ in range(progress.micro // per_step, session.steps_per_epoch):
         if progress.step >= session.total_steps:
             return
         started = time.perf_counter()
         session.schedule.step_update(progress.step)
         losses, count = optimizer_step(session, micro_batches, events)
         progress.step += 1
-        progress.micro += parts
+        progress.micro += per_step
         progress.seconds += time.perf_counter() - started
         yield losses, count
 
@@ -382,9 +382,9 @@ def _describe(session: Session, events: Events) -> None:
     for doubt in doubts:
         events.say(f"WARNING: {doubt}")
     counts = ", ".join(f"{split} {len(index.rows(split))}" for split in ("train", "val", "test"))
-    unsaid = [text for text in (counts, f"{len(index.classes)} classes") if text not in index.recognised]
+    details = [text for text in (counts, f"{len(index.classes)} classes") if text not in index.recognised]
     lines = [
-        f"data: {index.recognised}" + f" ({'; '.join(unsaid)})" * bool(unsaid),
+        f"data: {index.recognised}" + f" ({'; '.join(details)})" * bool(details),
         f"model: {recipe.model.name}, weights {session.weights.origin}, input {session.preprocess.size}, "
         f"mean {session.preprocess.mean}, std {session.preprocess.std}",
         f"training: {session.total_steps} steps of {session.batch} images on {session.process.device}, "

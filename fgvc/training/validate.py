@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from fgvc.config.models import Model
+from fgvc.data.index import spread
 from fgvc.data.loader import evaluation_loader
 from fgvc.errors import NoNumbersError
 from fgvc.evaluation.metrics import Scores, evaluate
 from fgvc.models.backbone import memory_format
-from fgvc.training.images import spread
 from fgvc.training.session import Session
 from fgvc.training.watch import not_finite_error
 

@@ -61,7 +61,7 @@ class FiniteCheck:
         if loss is None:
             return self._lasting
         tensors = {"the loss": loss}
-        tensors |= {f"the loss uphill (optim.sam), part {at}": value for at, value in enumerate(self.uphill)}
+        tensors |= {f"the loss uphill (optim.sam), micro-batch {at}": value for at, value in enumerate(self.uphill)}
         tensors |= {f"logits of eval pass {at}": value for at, value in enumerate(self.step.eval_logits)}
         if not self.scaler.is_enabled():
             graded = ((name, weight.grad) for name, weight in self._weights.items())

@@ -89,8 +89,8 @@ def test_without_its_geometry_a_policy_moves_nothing(name: str) -> None:
 
     assert flat(False)
     assert flat(True) == (name == "3-augment")
-    assert Augment(policy=name).moves_unsaid == (name != "3-augment")  # type: ignore[arg-type]
-    assert not Augment(policy=name, policy_geometry=False).moves_unsaid  # type: ignore[arg-type]
+    assert Augment(policy=name).hides_geometry == (name != "3-augment")  # type: ignore[arg-type]
+    assert not Augment(policy=name, policy_geometry=False).hides_geometry  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", NAMES)

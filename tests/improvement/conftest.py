@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from fgvc.improvement import work
 from fgvc.improvement.improve import run_improvement
 from fgvc.improvement.ladder import BASE, Plan, plan_ladder
+from fgvc.improvement.side_by_side import Workers
 from fgvc.improvement.task import Request, look
 from fgvc.improvement.work import Timing
 from fgvc.io.files import as_json
 from tests.models.onnxnet import small
+from tests.processes import Piped
 from tests.trained import Once
 
 NAMES = ("red", "purple", "green", "blue", "yellow")  # of the outputs
@@ -23,6 +30,31 @@ SPEC = {
     "size": [8, 8], "resize": "squash", "crop_pct": 1.0, "interpolation": "bilinear", "channel_order": "rgb", "input_range": 1,
     "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "fill": [0, 0, 0],
 }  # fmt: skip
+
+
+@pytest.fixture(scope="session", autouse=True)
+def new_python_for_rungs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], AbstractContextManager[None]]]:
+    """What begins the rungs is forked, and paints no chart (tests/processes.py): within `with new_python_for_rungs():` it is a
+    new Python, as in the product."""
+    real = Workers._started
+
+    def forked(pool: Workers) -> Any:
+        if pool._server is None:
+            server: Any = Piped(tmp_path_factory.mktemp("rungs"), work.serve)
+            os.set_blocking(server.stdout.fileno(), False)
+            pool._server = server
+        return pool._server
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Workers, "_started", forked)
+
+        @contextmanager
+        def for_real() -> Iterator[None]:
+            with pytest.MonkeyPatch.context() as inner:
+                inner.setattr(Workers, "_started", real)
+                yield
+
+        yield for_real
 
 
 def draw(place: Path, name: str, seed: int) -> None:
@@ -82,13 +114,16 @@ def planned(request: Request, out: Path, *others: str, step: float = 0.01) -> Pl
 
 
 @pytest.fixture(scope="session")
-def better(once: Once, deployed: Path, pictures: Path) -> Path:
-    """The folder of a finished improvement."""
+def better(
+    once: Once, deployed: Path, pictures: Path, new_python_for_rungs: Callable[[], AbstractContextManager[None]]
+) -> Path:
+    """The folder of a finished improvement, all of it as the product does it."""
 
     def make(folder: Path) -> None:
         request = request_for(deployed, pictures)
         plan = planned(request, folder / "better")
         assert [rung.name for rung in plan.rungs] == ["probe-deployed", "base", "final"]
-        run_improvement(request, folder / "better")
+        with new_python_for_rungs():
+            run_improvement(request, folder / "better")
 
     return once.made("improvement/better", make) / "better"

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -62,7 +63,9 @@ def test_the_message_of_a_process_is_of_this_session(log: bytes | None, code: in
     assert Ended(job, code, False, 1.0, len(b"error: the disk is full\n")).message == message
 
 
-def test_processes_that_hear_of_no_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_that_hear_of_no_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, new_python_for_rungs: Callable[[], AbstractContextManager[None]]
+) -> None:
     """One that hangs when time is up is killed; those of a process that was killed itself end with it."""
     children, ended = list[int](), list[Ended]()
 
@@ -75,7 +78,7 @@ def test_processes_that_hear_of_no_end(tmp_path: Path, monkeypatch: pytest.Monke
         os.kill(os.getpgid(pid), signal.SIGKILL)  # the leader of its group began it
 
     job = hanging(tmp_path)
-    with workers() as pool:
+    with new_python_for_rungs(), workers() as pool:
         with monkeypatch.context() as patch:
             patch.setattr(side_by_side, "PATIENCE", 0.5)
             pool.run([job], slots=1, until=lambda: bool(children), tick=on_child(pool, stop), done=ended.append)

@@ -71,10 +71,10 @@ def test_a_rung_must_win_by_more_than_one_standard_error() -> None:
     same, little, much = old.copy(), old.copy(), old.copy()
     little[100:103], little[:2] = True, False
     much[100:112], much[:2] = True, False
-    assert not beats(same, old)
-    assert not beats(little, old)
-    assert beats(much, old)
-    assert not beats(old, much)
+    assert not beats(old, same)
+    assert not beats(old, little)
+    assert beats(old, much)
+    assert not beats(much, old)
 
 
 def test_the_least_gain_is_that_of_images_of_which_none_is_broken() -> None:

@@ -198,7 +198,7 @@ def test_one_of_those_that_mix_is_drawn_by_its_share() -> None:
     techniques = {kind: build_technique(settings_by_kind()[kind](probability=p)) for kind, p in shares}
     step, data, counts = StepModule(Pooled(), techniques, size=SIZE), batch(), Counter()
     for number in range(1500):
-        first, second = (step.draw(data, 0.0, seed=1, step=number, part=p, rank=p) for p in (0, 1))
+        first, second = (step.draw(data, 0.0, seed=1, step=number, micro_batch=p, rank=p) for p in (0, 1))
         assert len(first.of) <= 1
         assert first.of.keys() == second.of.keys(), "all parts and ranks mix alike"
         counts[next(iter(first.of), None)] += 1

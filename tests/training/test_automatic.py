@@ -101,7 +101,7 @@ class _Parts:
 def test_a_step_is_divided_as_memory_needs(free: int, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(automatic, "free_bytes", lambda device: free)
     per_image = 10**6 * automatic.SHARE / automatic.HEADROOM
-    assert automatic.parts_for(_Parts(round(per_image)), Train(batch_size=32), 1) == parts  # type: ignore[arg-type]
+    assert automatic.micro_batches_for(_Parts(round(per_image)), Train(batch_size=32), 1) == parts  # type: ignore[arg-type]
 
 
 def test_the_bytes_of_a_forward_are_counted_once_each_without_the_nets_own(colours: Path) -> None:

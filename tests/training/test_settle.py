@@ -36,7 +36,7 @@ def test_the_end_ships_where_it_is_not_clearly_worse(
     for name in ("start", "last"):
         rows, classes = checkpoint.load(run / "ckpt", name).rest["answers"].numpy()
         right[name] = index.labels[rows] == classes
-    assert settle.beats(right["start"], right["last"]) == (expected == "start"), "this run does not show it"
+    assert settle.beats(right["last"], right["start"]) == (expected == "start"), "this run does not show it"
     assert ships(run) == expected
     settle_best(run, trainer.read_run(run))
     assert ships(run) == expected

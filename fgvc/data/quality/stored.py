@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from fgvc.data.index import ImageIndex
+from fgvc.data.index import ImageIndex, spread
 from fgvc.errors import FgvcError, ImageError
 from fgvc.images.damage import damage
 from fgvc.images.decode import Picture
@@ -64,7 +64,7 @@ def levels_of(picture: Picture) -> tuple[int, int]:
 
 def spot_check(index: ImageIndex, rows: NDArray[np.int64]) -> list[str]:
     """Faults of a sample of these images, a line each, as a check before training; `fgvc data check` looks at all."""
-    sample = rows[np.linspace(0, len(rows) - 1, min(SAMPLE, len(rows))).astype(np.int64)]
+    sample = spread(rows, SAMPLE)
     facts = StoredFacts.empty(len(sample))
 
     def look(at: int) -> None:

@@ -43,8 +43,8 @@ def forms(name: str) -> Iterator[tuple[bool, Layers, Stages]]:
 
 def layers(net: nn.Module) -> Layers:
     size = net.default_cfg["input_size"]  # type: ignore[index]
-    found = traced(net, torch.empty(1, *size, device="meta"))
-    return [found.uses[number].key for number in found.layers]
+    trace = traced(net, torch.empty(1, *size, device="meta"))
+    return [trace.uses[number].key for number in trace.layers]
 
 
 def main(out: Path = TABLE, wanted: Sequence[str] = ()) -> None:

@@ -38,14 +38,14 @@ class Pairing:
 
 
 def pairings(twin: Traced, file: Traced) -> list[Pairing]:
-    """By colours, and by order alone; [] where the layers are others."""
-    found: list[dict[int, int]] = []
+    """Return ways to pair the twin's layers with the file's: by colours, and by order alone; [] where the layers are others."""
+    ways: list[dict[int, int]] = []
     for colours in (colours_of, shapes_of):
         a, b = _grouped(colours(twin)), _grouped(colours(file))
         if {colour: len(own) for colour, own in a.items()} == {colour: len(own) for colour, own in b.items()}:
             pairs = {mine: other for colour, own in a.items() for mine, other in zip(own, b[colour], strict=True)}
-            found += [pairs] if pairs not in found else []
-    return [_paired(twin, file, pairs) for pairs in found]
+            ways += [pairs] if pairs not in ways else []
+    return [_paired(twin, file, pairs) for pairs in ways]
 
 
 def shapes_of(net: Traced) -> Colours:
@@ -83,14 +83,14 @@ def _grouped(colours: Colours) -> dict[Hashable, list[int]]:
 
 
 def _paired(twin: Traced, file: Traced, pairs: Mapping[int, int]) -> Pairing:
-    found = Pairing()
+    pairing = Pairing()
     used: set[int] = set()  # of the file's
     for mine, other in pairs.items():
         layer, same = _chained(twin, file, mine, other)
-        found.layers.append(layer)
-        found.same |= same
+        pairing.layers.append(layer)
+        pairing.same |= same
         used |= {number for number, _ in same.values()} | {place[0] for place in (layer.scale, layer.shift) if place}
-    done = {number for number, _ in found.same} | {number for layer in found.layers for number in layer.folded}
+    done = {number for number, _ in pairing.same} | {number for layer in pairing.layers for number in layer.folded}
     places: tuple[Callable[[int], Hashable], Callable[[int], Hashable]]
     for exact in (True, False):
         mine_left = [n for n, use in enumerate(twin.uses) if use.kind != "layer" and n not in done]
@@ -102,27 +102,27 @@ def _paired(twin: Traced, file: Traced, pairs: Mapping[int, int]) -> Pairing:
         a, b = _operands(twin, mine_left, places[0]), _operands(file, file_left, places[1])
         for key, own in a.items():
             if len(own) == len(b.get(key, ())):
-                found.same |= dict(zip(own, b[key], strict=True))
-        done |= {number for number, _ in found.same}
-        used |= {number for number, _ in found.same.values()}
-    found.lost = [
+                pairing.same |= dict(zip(own, b[key], strict=True))
+        done |= {number for number, _ in pairing.same}
+        used |= {number for number, _ in pairing.same.values()}
+    pairing.lost = [
         (number, at)
         for number, use in enumerate(twin.uses)
-        if use.kind != "layer" and not any(number in layer.folded for layer in found.layers)
+        if use.kind != "layer" and not any(number in layer.folded for layer in pairing.layers)
         for at in range(len(use.operands))
-        if (number, at) not in found.same
+        if (number, at) not in pairing.same
     ]
-    return found
+    return pairing
 
 
 def _operands(net: Traced, numbers: Iterable[int], place: Callable[[int], Hashable]) -> dict[Hashable, list[Place]]:
     """Operands by where they are read and their shape, in their order."""
-    found: dict[Hashable, list[Place]] = {}
+    operands: dict[Hashable, list[Place]] = {}
     for number in numbers:
         norm = net.uses[number].kind == "norm"
         for at, operand in enumerate(net.uses[number].operands):
-            found.setdefault((place(number), norm and at, operand.form), []).append((number, at))
-    return found
+            operands.setdefault((place(number), norm and at, operand.form), []).append((number, at))
+    return operands
 
 
 def _chained(twin: Traced, file: Traced, mine: int, other: int) -> tuple[Layer, dict[Place, Place]]:

@@ -58,4 +58,4 @@ def nearest(layers: Iterable[Shape], share: float = 0.1) -> list[Near]:
         for entry in timm_table()[1]
         if abs(entry.layers.total() - own.total()) <= limit
     ]
-    return sorted((found for found in near if found.differences <= limit), key=lambda found: found.differences)
+    return sorted((net for net in near if net.differences <= limit), key=lambda net: net.differences)

@@ -139,7 +139,7 @@ def timm_stages(file: OnnxNet) -> tuple[tuple[int, int], ...]:
     uses = traced(file.eval(), _images(file)[:1])
     file.train(training)
     near = nearest((uses.uses[number].key for number in uses.layers), share=0)
-    return next((found.entry.stages for found in near if not found.differences), ())
+    return next((net.entry.stages for net in near if not net.differences), ())
 
 
 def look_up(file: OnnxNet, first: str = "") -> LookUp:
@@ -151,17 +151,17 @@ def look_up(file: OnnxNet, first: str = "") -> LookUp:
     near = nearest(uses.uses[number].key for number in uses.layers)
     twins: list[Twin] = []
     others: list[tuple[str, float]] = []
-    tries = [(name, found.entry.fused) for found in near for name in sorted(found.entry.names, key=_short_first)]
+    tries = [(name, net.entry.fused) for net in near for name in sorted(net.entry.names, key=_short_first)]
     tries.sort(key=lambda pair: pair[0] != first)
     for name, fused in tries[:CANDIDATES]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            found = _tried(file, uses, name, fused)
-        if isinstance(found, Twin):
-            twins.append(found)
-        elif found is not None:
-            others.append((name, found))
-    nearest_ones = () if twins or others else tuple(found for found in near if found.differences == near[0].differences)
+            result = _tried(file, uses, name, fused)
+        if isinstance(result, Twin):
+            twins.append(result)
+        elif result is not None:
+            others.append((name, result))
+    nearest_ones = () if twins or others else tuple(net for net in near if net.differences == near[0].differences)
     apart = () if twins else tuple(sorted(others, key=lambda pair: pair[1])[:3])
     return LookUp(version=timm_table()[0], twins=tuple(twins), others=apart, near=nearest_ones)
 
