@@ -249,7 +249,7 @@ def _export(
     """Prove a run by its contract, make what lies beside the model, and write the bundle."""
     index, select_name = loaded.index, loaded.select
     proven = contract.prove(loaded.step.net, _proof_images(loaded))
-    metrics, judges = loaded.measured("metrics.json"), _judge(index)
+    metrics, judges = loaded.measured("metrics.json"), _judge(index, table=loaded.recipe.data.kind == "csv")
     files: dict[str, Any] = {
         "model.onnx": proven.model,
         "labels.json": list(index.classes),
@@ -282,22 +282,23 @@ def _export(
 
 
 DRAWN = "the test split that fgvc drew"
+LISTED = "the test split of its table"
 
 
 @dataclass(frozen=True, slots=True)
 class _Judge:
-    """What a bundle says of the images that judge it; nothing where the set itself says which they are."""
+    """What a bundle says of the images that judge it; nothing where the folder of its images says itself which they are."""
 
     metrics: dict[str, Any] = field(default_factory=dict)
     files: dict[str, Any] = field(default_factory=dict)
 
 
-def _judge(index: ImageIndex) -> _Judge:
+def _judge(index: ImageIndex, *, table: bool) -> _Judge:
+    """`table`: whether the splits are those of a table, which whoever has the images may not have."""
     rows = index.rows("test")
-    drawn = len(rows) > 0 and "test" not in index.given_splits
-    if not index.unseen and not drawn:
+    if not len(rows) or (not index.unseen and not table and "test" in index.given_splits):
         return _Judge()
-    which = index.unseen or DRAWN
+    which = index.unseen or (LISTED if "test" in index.given_splits else DRAWN)
     metrics = {"judge": {"split": "test", "images": len(rows), "which": f"unseen images of {which}"}}
     if index.contents is not None:  # in tables: no paths that another set could have
         return _Judge(metrics)

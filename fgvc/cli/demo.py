@@ -28,6 +28,7 @@ def main(folder: Path) -> int:
         f"train any/plain data.root={data} image.size=96 train.epochs=2 --out {folder / 'runs' / 'plain'} --overwrite",
         f"export {folder / 'runs' / 'plain'} -o {deployed} --overwrite",
         f"improve {deployed / 'model.onnx'} {data} --budget {BUDGET} -o {better}",
+        f"compare {deployed / 'model.onnx'} {better / 'bundle'} --data {data}",
         f"verify {better / 'bundle' / 'model.onnx'} --into {deployed / 'model.onnx'}",
         f"predict {better / 'bundle'} {data / PICTURE} --top-k 2",
     ]

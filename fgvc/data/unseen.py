@@ -84,7 +84,9 @@ class Unseen:
         copies = len(self.pool.copies)
         left_out = f"; {_copies(copies, 'of images that it has seen left out')}" if copies else ""
         if not len(self.choose):
-            return f"{self.pool.rule}{left_out}; fewer than {FEWEST_TO_CHOOSE}: none chooses, {len(self.judge)} judge"
+            few = len(self.judge) < FEWEST_TO_CHOOSE
+            why = f"fewer than {FEWEST_TO_CHOOSE}" if few else "all of one group, which is not divided"
+            return f"{self.pool.rule}{left_out}; {why}: none chooses, {len(self.judge)} judge"
         return f"{self.pool.rule}{left_out}; {len(self.choose)} choose, {len(self.judge)} judge"
 
 
@@ -137,6 +139,22 @@ def unseen_rows(
     return np.flatnonzero(mask), where, rule
 
 
+def seen_rows(index: ImageIndex, seen: Path, ways: Ways) -> NDArray[np.int64]:
+    """Rows that a list of paths names, or of a bundle's set all but those that judge it. Raises FgvcError where it names none."""
+    return np.flatnonzero(_named(index, seen, ways.seen))
+
+
+def rows_learned_by(index: ImageIndex, bundle: Path) -> NDArray[np.int64]:
+    """Rows that the net of a bundle learned from or was chosen by: of the set itself, and of the images beside it, all but those
+    that the bundle lists as judging it; none of a place of which it lists nothing."""
+    wanted = set(_relative(read_judge(bundle)["images"], index.root))
+    paths = index.paths.tolist()
+    judging = np.array([path in wanted for path in paths], bool)
+    beside = np.array([path.startswith("../") for path in paths], bool)
+    learned = [place & ~judging for place in (beside, ~beside) if (place & judging).any()]
+    return np.flatnonzero(np.any(learned, axis=0)) if learned else np.empty(0, np.int64)
+
+
 def all_seen(root: Path, ways: Ways, evidence: str = "") -> str:
     """The message for a set without any split of its own. `evidence`: how well the file names its images."""
     return (
@@ -179,11 +197,13 @@ def unseen_pool(
 
 
 def divide_unseen(
-    index: ImageIndex, seen: Seen, *, learned: NDArray[np.int64], beside: Path | None = None, ways: Ways = SETTINGS
+    index: ImageIndex, seen: Seen, *, learned: NDArray[np.int64], beside: Path | None = None, ways: Ways = SETTINGS,
+    fewest: int = 1,
 ) -> Unseen:
     """Divide the unseen images once: the set's own validation split chooses and its test split judges, where it brings both
-    along (near copies of validation images choose, too); else a half of each class chooses, the other one judges, near copies of
-    each other together. Near copies of images that were seen or are learned from are left out.
+    along, the former with `fewest` images or more (near copies of validation images choose, too); else a half of each class
+    chooses, the other one judges, near copies of each other together. Where none would be left to judge, none chooses. Near
+    copies of images that were seen or are learned from are left out.
 
     The same set gives the same halves on every machine. Raises FgvcError as `unseen_pool` does.
     """
@@ -195,7 +215,7 @@ def divide_unseen(
         test = index.splits[rows] == SPLITS.index("test")
         copied = test & np.isin(pool.families[rows], pool.families[rows[~test]])
         choose, judge = rows[~test | copied], rows[test & ~copied]
-        if len(choose) and len(judge):
+        if len(choose) >= fewest and len(judge):
             moved = f", but {_copies(int(copied.sum()), 'of val')}" if copied.any() else ""
             return Unseen(pool=pool, choose=choose, judge=judge, division=f"val chooses, test judges{moved}")
     groups = pool.families[rows]
@@ -203,6 +223,8 @@ def divide_unseen(
         groups = joined(len(rows), links(groups), links(group_codes(index.groups[rows])))
     names = np.array([str(group) for group in groups], dtype=np.dtypes.StringDType())
     judges = stratified(index.labels[rows], 0.5, seed=0, split=_JUDGE, groups=names)
+    if not judges.any():  # all belong together
+        return Unseen(pool=pool, choose=np.empty(0, np.int64), judge=rows)
     return Unseen(pool=pool, choose=rows[~judges], judge=rows[judges], division="half of them")
 
 

@@ -12,9 +12,11 @@ from fgvc.config.data import SPLITS, AutoData
 from fgvc.data.beside import read_folder, with_folder
 from fgvc.data.index import ImageIndex
 from fgvc.data.quality.checks import check, no_split
+from fgvc.data.quality.copies import together
 from fgvc.data.sources.read import read_source
-from fgvc.data.unseen import FEWEST_TO_CHOOSE, OPTIONS, Seen, divide_unseen
-from fgvc.errors import FgvcError
+from fgvc.data.splits import carve
+from fgvc.data.unseen import FEWEST_TO_CHOOSE, OPTIONS, Seen, divide_unseen, rows_learned_by, seen_rows
+from fgvc.errors import FgvcError, NoUnseenImagesError
 from fgvc.io.tables import as_csv
 
 COLUMNS = ("path", "label", "split")
@@ -70,7 +72,7 @@ def divide(
 ) -> Divided:
     """Read a set and divide it. `deployed`: the first weights are a file's, which may have seen it, see `fgvc.data.unseen`;
     `seen`, `unseen`: what it has seen, and a folder of more images that it has not; `bundle`: the file's, which lists the images
-    that judge it: what it has seen where neither these nor the set say that. `in_folds`: where no weights have seen the images,
+    that judge it, and has learned from the others of its set. `in_folds`: where no weights have seen the images,
     and the share of them that would choose is small, all choose in turn.
 
     Raises FgvcError where a set can't be read or has one class, and NoUnseenImagesError where no image is left to judge.
@@ -78,26 +80,58 @@ def divide(
     index = read_folder(root)
     if len(index.classes) < 2:
         raise FgvcError(f"{root}: {len(index.classes)} class; a classifier needs two")
-    given = set(index.given_splits)
-    if bundle is not None and seen == "train" and unseen is None and not given:
-        seen = bundle
+    return _for_file(index, seen, unseen, bundle) if deployed else _for_net(index, in_folds=in_folds)
+
+
+def _for_net(index: ImageIndex, *, in_folds: bool) -> Divided:
+    """The set of a net that has seen none of its images. Of the splits that it does not bring along, test is drawn first; a
+    validation split of its own is the test split where it brings no other, as in ImageNet's layout."""
+    folds = 1
+    if set(index.given_splits) == {"val"}:
+        splits = index.splits.copy()
+        splits[index.rows("val")] = SPLITS.index("test")
+        recognised = f"{index.recognised}; its validation split judges"
+        whole = replace(index, splits=splits, given_splits=("test",), recognised=recognised)
+        chosen = carve(index.labels, splits, split="val", fraction=CHOOSE, seed=0, groups=index.groups)
+        drawn = replace(whole, splits=chosen)
+    else:
+        whole = read_source(AutoData(root=index.root, val_fraction=0.0))
+        drawn = whole if "val" in index.given_splits else read_source(AutoData(root=index.root, val_fraction=CHOOSE))
+    index = together(drawn)
+    if in_folds and "val" not in index.given_splits and len(index.rows("val")) < FEWEST_TO_CHOOSE:
+        folds, index = FOLDS, together(whole)
+    if not len(index.rows("test")):
+        raise NoUnseenImagesError(f"{index.root}: no image could judge; put some into a test split (train/ and test/ folders)")
+    rule = f"no weights have seen these images; {index.recognised}"
+    return Divided(index=index, rows=np.arange(len(index)), rule=rule, folds=folds)
+
+
+def _for_file(index: ImageIndex, seen: Seen, unseen: Path | None, bundle: Path | None) -> Divided:
+    """The set of a deployed file, which has seen what `seen` says."""
+    flat = not index.given_splits
     if unseen is not None:
         if seen != "train":
             raise FgvcError(f"--unseen {unseen}: says which images the file has not seen, and --seen {seen} does, too: give one")
         index = with_folder(index, unseen, where="--unseen")
-    elif not deployed or (seen != "train" and not given):
-        index = read_source(AutoData(root=root, val_fraction=0.0 if "val" in given else CHOOSE))
-    if not deployed:
-        folds = 1
-        if in_folds and "val" not in given and len(index.rows("val")) < FEWEST_TO_CHOOSE:
-            folds, index = FOLDS, read_source(AutoData(root=root, val_fraction=0.0))
-        rule = f"no weights have seen these images; {index.recognised}"
-        return Divided(index=index, rows=np.arange(len(index)), rule=rule, folds=folds)
-    apart = divide_unseen(index, seen, learned=index.rows("train"), beside=unseen, ways=OPTIONS)
+    elif flat and seen == "train" and bundle is not None:
+        seen = bundle
+    elif flat and seen == "none":
+        index = read_source(AutoData(root=index.root, val_fraction=CHOOSE))
+    learned, remark = index.rows("train"), ""
+    if flat and isinstance(seen, Path):  # all that it names is learned from, and nothing else
+        learned = seen_rows(index, seen, OPTIONS)
+    elif bundle is not None and seen == "train" and len(own := rows_learned_by(index, bundle)):
+        learned, remark = np.union1d(learned, own), f"; {bundle} lists those that judge it, and has learned from the others"
+    apart = divide_unseen(index, seen, learned=learned, beside=unseen, ways=OPTIONS, fewest=FEWEST_TO_CHOOSE // 2)
+    if not len(apart.choose) and len(apart.judge) >= FEWEST_TO_CHOOSE:
+        raise NoUnseenImagesError(
+            f"{index.root}: the {len(apart.judge)} images that the file has not seen belong to one group, or are near copies of "
+            "one image, so that none can choose while others judge; add others to the test split"
+        )
     splits = np.full(len(index), SPLITS.index("train"), np.int8)
     splits[apart.choose], splits[apart.judge] = SPLITS.index("val"), SPLITS.index("test")
     rows = np.setdiff1d(np.arange(len(index)), np.union1d(apart.pool.copies, apart.pool.unreadable))
-    return Divided(index=replace(index, splits=splits), rows=rows, rule=str(apart))
+    return Divided(index=replace(index, splits=splits), rows=rows, rule=f"{apart}{remark}")
 
 
 def refuse_faulty(divided: Divided) -> tuple[str, ...]:

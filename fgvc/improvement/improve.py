@@ -32,12 +32,12 @@ from fgvc.improvement.recipes import merged, recipe_of, write_recipe
 from fgvc.improvement.rungs import Ladder
 from fgvc.improvement.search import held, join, refuse_missing
 from fgvc.improvement.side_by_side import Ended, Job, Workers, last_json, workers
-from fgvc.improvement.task import Request, Task, look
+from fgvc.improvement.task import Request, Task, look, refuse_other_words
 from fgvc.improvement.verdict import Verdict, judge, read_verdict
 from fgvc.improvement.view import View
 from fgvc.improvement.work import Timing
 from fgvc.io.display import Display
-from fgvc.io.files import as_json, file_lock, holder, make_folder, rename, write_atomic
+from fgvc.io.files import as_json, file_lock, holder, make_folder, refuse_place, rename, write_atomic, writing
 from fgvc.io.names import some
 from fgvc.report.document import duration
 from fgvc.runs.folder import LOCK
@@ -173,7 +173,9 @@ def _held(out: Path) -> bool:
 
 
 def _joined(request: Request, out: Path) -> Improvement:
-    """Share the search of the process that works in the folder."""
+    """Share the search of the process that works in the folder. Raises FgvcError where that asks for something else, or for no
+    search."""
+    refuse_other_words(request, out)
     plan = Plan.read(read_json(out / "plan.json", dict))
     with workers() as pool:
         seed = request.seed + os.getpid()
@@ -187,7 +189,9 @@ def _claimed(out: Path) -> Iterator[Clock]:
     others = out.is_dir() and any(not entry.name.startswith(".") for entry in out.iterdir())  # a kill leaves .lock, at first
     if others and not (out / "clock.json").is_file():
         raise FgvcError(f"{out}: not empty, and not the folder of an improvement; choose another --out")
-    make_folder(out)
+    refuse_place(out)
+    with writing(out):
+        make_folder(out)
     with file_lock(lock := out / LOCK) as locked:
         if not locked:
             raise FgvcError(f"{out}: is being worked on by {holder(lock)}; wait for it, or choose another --out")
@@ -239,10 +243,11 @@ def _plan(request: Request, task: Task, out: Path, clock: Clock, view: View, poo
 
 def _refuse_full(out: Path, plan: Plan, timings: Mapping[str, Timing]) -> None:
     """Raise FgvcError where the disk has no room for the runs: not after an hour's training."""
-    need = RUN_SIZE * max(timing.weights_bytes for timing in timings.values()) * (len(plan.rungs) + 2)
+    runs = sum(rung.runs for rung in plan.rungs)
+    need = RUN_SIZE * max(timing.weights_bytes for timing in timings.values()) * (runs + 2)
     if (free := shutil.disk_usage(out).free) < need:
         raise FgvcError(
-            f"{out}: {free / 2**30:.1f} GB are free on its disk, and {len(plan.rungs)} runs need about {need / 2**30:.1f} GB; "
+            f"{out}: {free / 2**30:.1f} GB are free on its disk, and {runs} runs need about {need / 2**30:.1f} GB; "
             "free some, or choose an --out on another disk"
         )
 
@@ -314,7 +319,8 @@ def _placed(out: Path, verdict: Verdict) -> Path:
     """Where the model lies: only what is better where one would deploy it from."""
     candidate, bundle = out / "candidate", out / "bundle"
     if verdict.better and candidate.exists():
-        rename(candidate, bundle)
+        with writing(bundle):
+            rename(candidate, bundle)
     return bundle if verdict.better else candidate
 
 

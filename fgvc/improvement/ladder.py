@@ -98,8 +98,8 @@ def candidates(task: Task) -> dict[str, dict[str, Any]]:
 
 
 def taught(task: Task) -> dict[str, Any]:
-    """Settings of a run that learns from a frozen net with a fitted head, at a larger size: the first larger net at hand, else
-    its own first weights. The deployed file teaches, too, where flips cost."""
+    """Settings of a run that learns from a frozen net with a fitted head, at a larger size: the largest net at hand, else its
+    own first weights. The deployed file teaches, too, where flips cost."""
     net = task.teachers[0] if task.teachers else _own_net(task)
     return distilled([{"kind": "probe", **net, "size": list(teacher_size(task))}, *old_teachers(task)])
 
@@ -167,7 +167,10 @@ def plan_ladder(
     left = budget - spent - shipping
     searching = SEARCH_SHARE * max(0.0, left) if search and task.chooses else 0.0
     left -= searching
-    reasons: dict[str, str] = {}
+    reasons = {f"--start {net['backbone']}": "the largest of the nets at hand teaches" for net in task.teachers[1:]}
+    if not task.chooses:
+        unused = [*(f"--start {start['name']}" for start in task.starts), *["--search"] * search]
+        reasons |= dict.fromkeys(unused, "no image chooses whether it is better")
     for names, fewest in _ladders(task, timings):
         draft = _Draft(task, timings, names, budget=budget, slots=slots)
         epochs = max((n for n in range(1, MOST_EPOCHS + 1) if draft.seconds(n) <= left), default=0)

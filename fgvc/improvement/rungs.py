@@ -196,6 +196,10 @@ class Ladder:
         ends = [rung.latest_start + makespan([rung], slots) for rung in rungs if rung.latest_start is not None]
         latest = max(ends, default=1.1 * self.plan.budget - self.plan.shipping)  # what ships can be a little late
         self._ended = {rung.name: [] for rung in rungs}
+        for rung in rungs:
+            if self._was_finished(rung):  # in an earlier session, which ended before it could note that
+                self._set_done(rung, sum(self._seconds(name, 0.0) for name in self.runs(rung)))
+        rungs = [rung for rung in rungs if rung.name not in self.outcomes]
         rung_of = {name: rung for rung in rungs for name in self.runs(rung)}
         jobs = [self._job(rung, fold) for rung in rungs for fold in range(rung.runs)]
         # Decided when the stage begins: a rung that goes on with another number of threads ends with other bits.
@@ -222,9 +226,22 @@ class Ladder:
             status: Status = "dropped" if bad[0].stopped else "failed"
             self._set(rung.name, Outcome(status=status, reason=bad[0].message, seconds=sum(run.seconds for run in runs)))
         else:
-            right, seconds = self._right_of(rung.name), sum(self._seconds(run.job.name, run.seconds) for run in runs)
-            share = self.share(rung.name)
-            self._set(rung.name, Outcome(status="done", right=int(right.sum()), of=len(right), seconds=seconds, share=share))
+            self._set_done(rung, sum(self._seconds(run.job.name, run.seconds) for run in runs))
+
+    def _set_done(self, rung: Rung, seconds: float) -> None:
+        right, share = self._right_of(rung.name), self.share(rung.name)
+        self._set(rung.name, Outcome(status="done", right=int(right.sum()), of=len(right), seconds=seconds, share=share))
+
+    def _was_finished(self, rung: Rung) -> bool:
+        """Whether all of a rung's runs, and the nets between their starts and ends, are there."""
+        runs = self.runs(rung)
+        if not all(_is_finished(self.run(name)) for name in runs):
+            return False
+        return not self._has_way(rung) or all(self.run(f"{name}-{BETWEEN}").is_dir() for name in runs)
+
+    def _has_way(self, rung: Rung) -> bool:
+        """Whether the nets between a rung's start and end are scored."""
+        return self.task.chooses and rung.stage in ("tune", "teach")
 
     def _is_full(self, message: str) -> bool:
         """Whether a process that failed did so for want of space: on the disk, or of the user's quota."""
@@ -244,7 +261,7 @@ class Ladder:
         held_out = {"data": {"fold": [fold, rung.runs]}} if rung.runs > 1 else {}
         write_recipe(self._recipe(self.settings(rung.name, fold), length, held_out), path)
         words = ["train", str(path), str(self.run(name))]
-        if self.task.chooses and rung.stage in ("tune", "teach"):
+        if self._has_way(rung):
             words.append(str(self.run(f"{name}-{BETWEEN}")))
         return Job(name, tuple(words), self.out / "logs" / f"{name}.log")
 
@@ -359,9 +376,19 @@ class Ladder:
         best = self.best if self.best is not None else start if start != BASE else None
         ships = FINAL if self.has_run(FINAL) else best
         if ships is None:
-            raise FgvcError(f"{self.run(FINAL)}: {self.outcomes[FINAL].reason}, and nothing else could ship; give more --budget")
+            ended = self.outcomes.pop(FINAL)  # the next session tries again
+            self._store()
+            way = "the same command tries again" if ended.status == "failed" else "choose another --out with a larger --budget"
+            raise FgvcError(f"{self.run(FINAL)}: {ended.reason}, and nothing else could ship; {way}")
         self.choices["ships"] = self._at(self.first_run(ships).name, share).name
         self._store()
+
+
+def _is_finished(run: Path) -> bool:
+    try:
+        return checkpoint.read_progress(run / "ckpt").finished
+    except FgvcError:  # there is none yet
+        return False
 
 
 def right_on_choose(run: Path) -> NDArray[np.bool_]:

@@ -30,6 +30,7 @@ JOURNAL, STUDY, SPACE = "journal.log", "improve", "search.json"
 WAIT = 1.0  # seconds between two looks whether a search has begun
 WARM_UP = 0.25  # share of a trial's epochs before it may be pruned
 FIRST_TRIALS = 4  # that are never pruned
+WEIGHTS = (("distill", "kd"), ("multiscale_head", "fused"), ("multiscale_head", "each"), ("centre_loss", "centre"))  # of losses
 
 Say = Callable[[str], None]
 
@@ -58,7 +59,7 @@ def open_study(out: Path, seed: int) -> optuna.Study:
 
 
 def suggested(trial: optuna.Trial, recipe: Recipe) -> dict[str, Any]:
-    """Settings of a trial around the winner's recipe: rate, decay, augmentation, smoothing, and the teacher's weight."""
+    """Settings of a trial around the winner's recipe: rate, decay, augmentation, smoothing, and the weights of its techniques."""
     optim, crop = recipe.optim, recipe.augment.crop_scale
     settings: dict[str, Any] = {
         "optim": {
@@ -69,9 +70,17 @@ def suggested(trial: optuna.Trial, recipe: Recipe) -> dict[str, Any]:
         "augment": {"crop_scale": [min(trial.suggest_float("crop_scale", 0.15, 0.8), crop[1]), crop[1]]},
         "loss": {"label_smoothing": trial.suggest_float("label_smoothing", 0.0, 0.2)},
     }
-    if "distill" in enabled_techniques(recipe.techniques):
-        settings["techniques"] = {"distill": {"kd": trial.suggest_float("distill.kd", 1, 16, log=True)}}
+    for (kind, key), weight in _weights(recipe).items():
+        times = trial.suggest_float(f"{kind}.{key}, times the winner's", 0.25, 4, log=True)
+        settings.setdefault("techniques", {}).setdefault(kind, {})[key] = weight * times
     return settings
+
+
+def _weights(recipe: Recipe) -> dict[tuple[str, str], float]:
+    """Those of WEIGHTS that a recipe has, and that no schedule changes."""
+    enabled = enabled_techniques(recipe.techniques)
+    own = {(kind, key): getattr(enabled[kind], key) for kind, key in WEIGHTS if kind in enabled}
+    return {name: float(weight) for name, weight in own.items() if isinstance(weight, int | float) and weight > 0}
 
 
 def winner(recipe: Recipe) -> dict[str, float]:
@@ -81,7 +90,7 @@ def winner(recipe: Recipe) -> dict[str, float]:
         "lr, times the winner's": 1.0, "weight_decay": min(max(optim.weight_decay, 1e-3), 0.2), "layer_decay": optim.layer_decay,
         "crop_scale": recipe.augment.crop_scale[0], "label_smoothing": min(smoothing, 0.2),
     }  # fmt: skip
-    return values | ({"distill.kd": 4.0} if "distill" in enabled_techniques(recipe.techniques) else {})
+    return values | {f"{kind}.{key}, times the winner's": 1.0 for kind, key in _weights(recipe)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fgvc.errors import FgvcError
+from fgvc.io.files import make_folder, writing
 from fgvc.io.jsonl import objects
 from fgvc.runtime.engine import available_cpus
 
@@ -96,7 +97,8 @@ class Workers:
                     stopped, impatient = True, time.monotonic() + PATIENCE
                 while waiting and len(running) < slots and not stopped:
                     job = waiting.pop(0)
-                    job.log.parent.mkdir(parents=True, exist_ok=True)
+                    with writing(job.log):
+                        make_folder(job.log.parent)
                     before = job.log.stat().st_size if job.log.exists() else 0
                     self._order({"name": job.name, "words": job.words, "log": str(job.log), "threads": threads})
                     running[job.name] = job, time.monotonic(), before

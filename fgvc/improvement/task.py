@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fgvc.config.images import Preprocess
 from fgvc.config.loading import merge, read_tree
 from fgvc.config.models import Model
@@ -82,7 +84,8 @@ class Request:
     @property
     def record(self) -> dict[str, Any]:
         """What a resumed command must ask for again, from whatever folder; more time may be given."""
-        asked = {key: value for key, value in asdict(self).items() if key != "budget"} | {"target": self.file or self.target}
+        asked = {key: value for key, value in asdict(self).items() if key != "budget"}
+        asked |= {"target": self.file or self.target, "starts": tuple(map(absolute_start, self.starts))}
         return {key: str(value.absolute()) if isinstance(value, Path) else value for key, value in asked.items()}
 
 
@@ -138,6 +141,13 @@ class Task:
         return [what, f"{counts}: {self.rule}", *(f"warning: {doubt}" for doubt in doubts)]
 
 
+def absolute_start(text: str) -> str:
+    """`NAME=FILE` or `FILE` with the file's absolute path; other words as they are."""
+    named, _, weights = text.rpartition("=") if not Path(text).expanduser().is_file() else ("", "", text)
+    file = Path(weights).expanduser()
+    return "=".join([*[named] * bool(named), str(file.absolute())]) if file.is_file() else text
+
+
 def look(request: Request, out: Path, say: Say) -> Task:
     """Look at all that is given, and decide; or read what an earlier session decided.
 
@@ -145,20 +155,24 @@ def look(request: Request, out: Path, say: Say) -> Task:
     """
     record = out / "task.json"
     if record.is_file():
-        stored = read_json(record, dict)
-        if changed := [key for key, value in request.record.items() if _plain(value) != stored["request"].get(key)]:
-            raise FgvcError(
-                f"{out}: was begun with other words ({few(changed)} differ): give the same ones to go on, or choose another --out"
-            )
-        task = _task(stored["task"])
+        refuse_other_words(request, out)
+        task = _task(read_json(record, dict)["task"])
         _refuse_replaced(request, task, out)
         return task
-    models = _several(
-        lambda: _refuse_absent(request), *(lambda text=text: start_model(text) for text in request.starts)
-    )[1:]
+    starts = map(absolute_start, request.starts)
+    models = _several(lambda: _refuse_absent(request), *(lambda text=text: start_model(text) for text in starts))[1:]
     task = _of_file(request, request.file, models, out, say) if request.file is not None else _of_name(request, models, out, say)
     write_atomic(record, as_json({"request": request.record, "task": asdict(task)}))
     return task
+
+
+def refuse_other_words(request: Request, out: Path) -> None:
+    """Raise FgvcError where the folder's improvement was begun with other words than the request's."""
+    stored = read_json(out / "task.json", dict)["request"]
+    if changed := [key for key, value in request.record.items() if _plain(value) != stored.get(key)]:
+        raise FgvcError(
+            f"{out}: was begun with other words ({few(changed)} differ): give the same ones to go on, or choose another --out"
+        )
 
 
 def _refuse_replaced(request: Request, task: Task, out: Path) -> None:
@@ -195,16 +209,27 @@ def _several(*checks: Callable[[], Any]) -> list[Any]:
 
 
 def _refuse_absent(request: Request) -> None:
+    """Raise FgvcError with all that is not there, or no file."""
+    absent = []
     for option, path in (
         ("", request.file), ("", request.data), ("--labels ", request.labels), ("--preprocess ", request.preprocess),
         ("--unseen ", request.unseen), ("--unlabelled ", request.unlabelled),
     ):  # fmt: skip
         if path is not None and not path.expanduser().exists():
-            raise FgvcError(f"{option}{path}: no such file or folder")
-        if path is not None and option in ("--labels ", "--preprocess ") and path.is_dir():
-            raise FgvcError(f"{option}{path}: is a folder; name the file in it")
-    if request.file is None:
-        refuse_unknown(request.target)
+            absent.append(f"{option}{path}: no such file or folder")
+        elif path is not None and option in ("--labels ", "--preprocess ") and path.is_dir():
+            absent.append(f"{option}{path}: is a folder; name the file in it")
+    if request.file is None and (folder := Path(request.target).expanduser()).is_dir():
+        model = folder / "model.onnx"
+        near = f": {model}" if model.is_file() else ""
+        absent.append(f"{request.target}: is a folder; name the deployed file in it{near}")
+    elif request.file is None:
+        try:
+            refuse_unknown(request.target)
+        except FgvcError as error:
+            absent.append(str(error))
+    if absent:
+        raise FgvcError("\n".join(absent))
 
 
 def _of_file(request: Request, file: Path, models: Sequence[Model], out: Path, say: Say) -> Task:
@@ -235,6 +260,8 @@ def _of_file(request: Request, file: Path, models: Sequence[Model], out: Path, s
         "image": {"size": list(spec.size)},
         "deploy": {"resize": spec.resize, "seen": "train"},
     }
+    if description.ending == "sigmoid":
+        settings["loss"] = {"kind": "bce"}
     say(f"it is fed by {described(spec)}")
     unlabelled = _unlabelled(request, divided, say)
     return Task(
@@ -245,8 +272,8 @@ def _of_file(request: Request, file: Path, models: Sequence[Model], out: Path, s
         counts=divided.counts,
         rule=divided.rule,
         recipe=_recipe(settings, divided, out, request.seed),
-        starts=_starts(model for model in models if model.backbone == twin),
-        teachers=_teachers(model for model in models if model.backbone != twin),
+        starts=_starts(model for model in models if _is_of(model, twin)),
+        teachers=_teachers(model for model in models if not _is_of(model, twin)),
         keeps_answers=request.max_negative_flips is not None,
         unlabelled=unlabelled,
         notes=(*doubts, *warnings),
@@ -340,11 +367,11 @@ def _of_name(request: Request, models: Sequence[Model], out: Path, say: Say) -> 
     in_folds = request.unlabelled is None and not request.search  # which need one division
     divided = divide(request.data, deployed=False, in_folds=in_folds)
     warnings = refuse_faulty(divided)
-    own = next((model for model in models if model.backbone == request.target), None)
+    own = next((model for model in models if _is_of(model, request.target)), None)
     weights = own.weights if own is not None else "packaged" if is_packaged(request.target) else "hub"
     size = request.size or pretrained_cfg(plain_model(request.target, 2))["input_size"][1:]
     settings = {
-        "model": {"backbone": request.target, "weights": weights},
+        "model": {"backbone": request.target, "weights": weights, "kwargs": {} if own is None else dict(own.kwargs)},
         "image": {"size": list(size)},
     }
     make_folder(out)
@@ -368,6 +395,9 @@ def _unlabelled(request: Request, divided: Divided, say: Say) -> tuple[str, ...]
     """Images that a teacher may name."""
     if request.unlabelled is None:
         return ()
+    if not divided.counts["val"]:
+        say(f"{request.unlabelled}: left out, as no image chooses the teacher that would name them")
+        return ()
     listed = list_unlabelled(request.unlabelled, divided, seed=request.seed)
     say(f"{request.unlabelled}: {listed}")
     return listed.paths
@@ -381,8 +411,21 @@ def _starts(models: Iterable[Model]) -> tuple[Mapping[str, Any], ...]:
     )
 
 
-def _teachers(models: Any) -> tuple[Mapping[str, Any], ...]:
-    return tuple({"backbone": model.backbone, "weights": model.weights, "kwargs": dict(model.kwargs)} for model in models)
+def _is_of(model: Model, net: str | None) -> bool:
+    """Whether weights are of this net of timm's, whatever their tag (`resnet50.a1_in1k`)."""
+    return net is not None and str(model.backbone).partition(".")[0] == net.partition(".")[0]
+
+
+def _teachers(models: Iterable[Model]) -> tuple[Mapping[str, Any], ...]:
+    """Nets that may teach, the largest first."""
+    largest = sorted(models, key=_parameters, reverse=True)
+    return tuple({"backbone": model.backbone, "weights": model.weights, "kwargs": dict(model.kwargs)} for model in largest)
+
+
+def _parameters(model: Model) -> int:
+    with torch.device("meta"):
+        net = plain_model(str(model.backbone), 2, model.kwargs)
+    return sum(parameter.numel() for parameter in net.parameters())
 
 
 def _recipe(settings: Mapping[str, Any], divided: Divided, out: Path, seed: int) -> dict[str, Any]:

@@ -79,7 +79,8 @@ class View:
             return
         plan, seconds = self._ladder.plan, self._clock.seconds
         states = [f"{job.name} {self._state(job)}" for job in running]
-        head = f"{duration(seconds)} of {duration(plan.budget)}"
+        left = max(0.0, plan.seconds - seconds)
+        head = f"{duration(seconds)} of {duration(plan.budget)}, about {duration(left)} left"
         done = {name: row for name, row in self._ladder.outcomes.items() if row.of}
         if done:
             best = max(done, key=lambda name: done[name].accuracy)

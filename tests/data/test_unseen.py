@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from fgvc.config.data import FolderData
+from fgvc.config.data import SPLITS, FolderData, Split
 from fgvc.data.index import ImageIndex
 from fgvc.data.sources.read import read_source
 from fgvc.data.unseen import FEWEST_TO_CHOOSE, divide_unseen, judged, judged_apart, unseen_rows
@@ -87,6 +87,26 @@ def test_a_set_with_validation_and_test_has_divided_them_itself(folder: Path, tm
     assert set(unseen.judge) == set(index.rows("test")) - copy
     assert "val chooses, test judges, but 1 near copy of val" in unseen.named
     assert len(unseen.pool.copies) == CLASSES
+    few = replace_split(index, "val", "test", keep=20)
+    own, halves = (divide_unseen(few, "train", learned=few.rows("train"), fewest=fewest) for fewest in (1, 100))
+    assert len(own.choose) <= 20
+    assert min(len(halves.choose), len(halves.judge)) > 100, "so few are not left to choose"
+
+
+def replace_split(index: ImageIndex, split: Split, other: Split, *, keep: int) -> ImageIndex:
+    """The index with all but some images of a split in another one."""
+    splits = index.splits.copy()
+    splits[index.rows(split)[keep:]] = SPLITS.index(other)
+    return dataclasses.replace(index, splits=splits)
+
+
+def test_images_of_one_group_judge_together(folder: Path) -> None:
+    index = read(folder)
+    group = np.array(["one plant"] * len(index), dtype=np.dtypes.StringDType())
+    unseen = divide_unseen(dataclasses.replace(index, groups=group), "train", learned=index.rows("train"))
+    assert not len(unseen.choose)
+    assert len(unseen.judge) == len(unseen.pool.rows)
+    assert "all of one group" in str(unseen)
 
 
 def test_a_table_of_images_that_lie_elsewhere_has_a_split_of_its_own(folder: Path) -> None:

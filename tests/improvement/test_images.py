@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import shutil
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 from fgvc.config.data import CsvData
 from fgvc.data.sources.read import read_source
 from fgvc.errors import FgvcError, NoUnseenImagesError
-from fgvc.improvement.images import divide
+from fgvc.improvement.images import divide, refuse_faulty
 from fgvc.improvement.unlabelled import list_unlabelled, write_named
 from tests.improvement.conftest import NAMES, draw
 
@@ -73,6 +74,39 @@ def test_two_words_on_what_was_seen_are_too_many(pictures: Path) -> None:
         divide(pictures / "train", deployed=True, seen="none", unseen=pictures / "test")
 
 
+def write_judge(bundle: Path, judging: set[str], root: Path) -> None:
+    images = {path.removeprefix(f"{root}/"): Path(path).parent.name for path in judging}
+    bundle.mkdir()
+    (bundle / "judge.json").write_text(json.dumps({"unseen": "the set's own test split", "images": images}))
+
+
+def test_a_better_file_has_learned_from_all_but_those_that_judged_it(pictures: Path, tmp_path: Path) -> None:
+    first = divide(pictures, deployed=True)
+    judging = paths(pictures, first.table(), "test")
+    write_judge(tmp_path / "bundle", judging, pictures)
+    second = divide(pictures, deployed=True, bundle=tmp_path / "bundle")
+    assert second.counts == {"train": 180, "val": 0, "test": 120}
+    assert paths(pictures, second.table(), "test") == judging
+    assert "has learned from the others" in second.rule
+
+
+def test_images_beside_a_set_are_unseen_where_the_bundle_lists_none_of_them(pictures: Path, tmp_path: Path) -> None:
+    train = pictures / "train"
+    write_judge(tmp_path / "bundle", {str(next(train.rglob("*.png")))}, train)
+    assert divide(train, deployed=True, unseen=pictures / "test", bundle=tmp_path / "bundle").counts["test"] == 120
+
+
+def test_of_a_flat_folder_with_a_list_all_that_it_names_is_learned_from_and_nothing_else(
+    pictures: Path, tmp_path: Path
+) -> None:
+    flat = pictures / "test"
+    names = sorted(str(path.relative_to(flat)) for path in flat.rglob("*.png"))[::12]
+    (tmp_path / "seen.txt").write_text("\n".join(names))
+    divided = divide(flat, deployed=True, seen=tmp_path / "seen.txt")
+    assert paths(flat, divided.table(), "train") == {str(flat / name) for name in names}
+    assert divided.counts == {"train": 20, "val": 110, "test": 110}
+
+
 def test_all_were_collected_after_it_was_trained(pictures: Path) -> None:
     divided = divide(pictures / "test", deployed=True, seen="none")
     assert divided.counts["train"] > 100
@@ -82,6 +116,28 @@ def test_all_were_collected_after_it_was_trained(pictures: Path) -> None:
 def test_a_net_without_a_file_has_seen_nothing(pictures: Path) -> None:
     divided = divide(pictures / "train", deployed=False)
     assert all(count > 0 for count in divided.counts.values())
+
+
+def test_without_a_test_split_the_validation_split_judges_a_net(pictures: Path, tmp_path: Path) -> None:
+    """ImageNet's layout."""
+    (tmp_path / "train").symlink_to(pictures / "train")
+    (tmp_path / "val").symlink_to(pictures / "test")
+    divided = divide(tmp_path, deployed=False)
+    assert divided.counts["test"] == 240
+    assert divided.counts["train"] + divided.counts["val"] == 60
+    assert divided.counts["val"] == pytest.approx(9, abs=2)
+    assert divide(tmp_path, deployed=False, in_folds=True).counts == {"train": 60, "val": 0, "test": 240}
+
+
+def test_near_copies_of_a_flat_folder_are_in_one_split(pictures: Path, tmp_path: Path) -> None:
+    for path in (pictures / "test").rglob("*.png"):
+        for copy in ("a", "b"):
+            target = tmp_path / path.parent.name / f"{path.stem}{copy}.png"
+            target.parent.mkdir(exist_ok=True)
+            shutil.copy(path, target)
+    divided = divide(tmp_path, deployed=False)
+    refuse_faulty(divided)
+    assert all(divided.counts.values())
 
 
 def test_classes_that_the_set_does_not_have(pictures: Path, tmp_path: Path) -> None:

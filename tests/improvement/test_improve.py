@@ -19,6 +19,8 @@ from safetensors.torch import save_file
 
 from fgvc import api
 from fgvc.cli.app import main
+from fgvc.config.loading import validate
+from fgvc.config.recipe import Recipe
 from fgvc.errors import FgvcError, NoUnseenImagesError, UndecidedError
 from fgvc.evaluation.file_stack import FileStack, UndecidedStackError
 from fgvc.evaluation.side import open_sides
@@ -36,6 +38,8 @@ from fgvc.runtime.description import describe
 from tests.improvement.conftest import NAMES, SPEC, planned, request_for
 from tests.trained import copied
 
+NETS = ("test_resnet", "test_efficientnet")
+
 
 def test_a_better_file_is_the_deployed_one_with_other_numbers(better: Path, deployed: Path) -> None:
     verdict = json.loads((better / "verdict.json").read_text())
@@ -48,6 +52,8 @@ def test_a_better_file_is_the_deployed_one_with_other_numbers(better: Path, depl
     page = (better / "report.html").read_text()
     assert "Better: deployed.onnx goes from" in page
     assert "better/bundle/model.onnx" in page
+    command = next(line for line in page.splitlines() if line.startswith("fgvc compare"))
+    assert api.compare(*command.split()[2:4]).paired.images == 120
 
 
 def test_each_image_has_one_use(better: Path) -> None:
@@ -205,7 +211,53 @@ def test_all_that_is_missing_is_said_at_once(deployed: Path, tmp_path: Path) -> 
     with pytest.raises(FgvcError) as error:
         look(request, tmp_path / "out", lambda line: None)
     assert "nowhere" in str(error.value)
+    assert "no.txt" in str(error.value)
     assert "gone.safetensors" in str(error.value)
+
+
+def test_a_folder_is_no_deployed_file(better: Path, pictures: Path, tmp_path: Path) -> None:
+    with pytest.raises(FgvcError, match="name the deployed file in it: .*bundle/model.onnx"):
+        look(request_for(better / "bundle", pictures), tmp_path / "out", lambda line: None)
+
+
+def test_a_file_in_the_place_of_the_folder(deployed: Path, pictures: Path, tmp_path: Path) -> None:
+    (tmp_path / "better").touch()
+    with pytest.raises(FgvcError, match="can't write"):
+        run_improvement(request_for(deployed, pictures), tmp_path / "better" / "one")
+
+
+def test_a_file_that_ends_with_a_sigmoid_learns_each_class_by_itself(deployed: Path, pictures: Path, tmp_path: Path) -> None:
+    model = onnx.load(deployed)
+    logits = model.graph.output[0]
+    model.graph.node.append(onnx.helper.make_node("Sigmoid", [logits.name], ["probabilities"]))
+    logits.name = "probabilities"
+    onnx.save(model, tmp_path / "sigmoid.onnx")
+    for name in ("labels.txt", "preprocess.json"):
+        shutil.copy(deployed.with_name(name), tmp_path)
+    request = request_for(tmp_path / "sigmoid.onnx", pictures, preprocess=tmp_path / "preprocess.json")
+    task = look(request, tmp_path / "better", lambda line: None)
+    assert validate(Recipe, task.recipe, where="test").loss.kind == "bce"
+
+
+def test_starts_are_told_by_their_files_from_wherever(
+    deployed: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The largest net teaches, whatever was named first."""
+    for name in ("test_resnet", "test_efficientnet"):
+        save_file(timm.create_model(name).state_dict(), tmp_path / f"{name}.safetensors")
+    sizes = {name: sum(p.numel() for p in timm.create_model(name, num_classes=2).parameters()) for name in NETS}
+    monkeypatch.chdir(tmp_path)
+    smaller, larger = sorted(NETS, key=lambda name: sizes[name])
+    starts = tuple(f"{name}={name}.safetensors" for name in (smaller, larger))
+    request = request_for(deployed, pictures, starts=starts)
+    task = look(request, tmp_path / "better", lambda line: None)
+    assert [net["backbone"] for net in task.teachers] == [larger, smaller]
+    assert all(Path(net["weights"]).is_absolute() for net in task.teachers)
+    monkeypatch.chdir(pictures)
+    moved = tuple(f"{name}={tmp_path / f'{name}.safetensors'}" for name in (smaller, larger))
+    assert look(replace(request, starts=moved), tmp_path / "better", lambda line: None) == task
+    plan = planned(request_for(deployed, pictures, starts=moved), tmp_path / "other", TAUGHT)
+    assert plan.left_out == {f"--start {smaller}": "the largest of the nets at hand teaches"}
 
 
 def test_a_folder_is_no_file_with_the_preprocessing(deployed: Path, pictures: Path, tmp_path: Path) -> None:

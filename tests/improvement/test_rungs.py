@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from fgvc.errors import FgvcError
 from fgvc.improvement.clock import Clock
 from fgvc.improvement.ladder import BASE, FINAL, PLAIN, STUDENT, Plan, Rung
 from fgvc.improvement.rungs import Ladder, Outcome
@@ -47,6 +49,28 @@ def test_where_the_last_run_failed_the_best_ships_as_it_was_chosen(ladder: Ladde
     write_points(ladder, BASE, {0.5: [1] * 9}, 0.5)
     ladder._ship()
     assert ladder.ships == ladder.run(f"{BASE}-between")
+
+
+def test_what_failed_and_alone_could_ship_is_tried_again(ladder: Ladder) -> None:
+    ladder.outcomes |= {FINAL: Outcome(status="failed", reason="killed by signal 9"), PLAIN: DONE}
+    del ladder.choices["best"]
+    with pytest.raises(FgvcError, match="killed by signal 9, .*the same command tries again"):
+        ladder._ship()
+    assert FINAL not in json.loads((ladder.out / "rungs.json").read_text())["outcomes"]
+
+
+def test_a_run_that_ended_before_a_kill_counts_though_the_time_is_up(
+    ladder: Ladder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(pool: Workers, jobs: Sequence[Job], **options: object) -> None:
+        assert not jobs
+
+    write_points(ladder, BASE, {0.5: [1, 1, 1, 0], 1.0: [1, 0, 0, 0]}, 0.5)
+    monkeypatch.setattr(Workers, "run", run)
+    monkeypatch.setattr("fgvc.improvement.rungs._is_finished", lambda run: run.name == BASE)
+    monkeypatch.setattr(ladder, "_seconds", lambda name, seconds: 60.0)
+    assert ladder._run("tune") == [BASE]
+    assert (ladder.outcomes[BASE].right, ladder.outcomes[BASE].share) == (3, 0.5)
 
 
 @pytest.mark.parametrize("start", [BASE, "probe-deployed"])

@@ -24,7 +24,7 @@ def tree(better: Path) -> dict[str, object]:
 
 
 def test_settings_of_trials_are_recipes(tree: dict[str, object], tmp_path: Path) -> None:
-    merge(tree, {"techniques": {"distill": {"kd": 4.0}}})
+    merge(tree, {"techniques": {"distill": {"kd": 4.0}, "centre_loss": {}, "multiscale_head": {"fused": [[0, 1.0], [1, 0.5]]}}})
     recipe, study = validate(Recipe, tree, where="here"), open_study(tmp_path, 0)
     study.enqueue_trial(winner(recipe))
     recipes = []
@@ -35,6 +35,11 @@ def test_settings_of_trials_are_recipes(tree: dict[str, object], tmp_path: Path)
     assert recipes[0].optim == recipe.optim
     assert recipes[0].augment.crop_scale == recipe.augment.crop_scale
     assert len({one.optim.lr for one in recipes}) == 8
+    for weights in ([one.techniques.distill.kd for one in recipes], [one.techniques.centre_loss.centre for one in recipes]):
+        assert len(set(weights)) == 8
+        assert all(weights[0] / 4 <= weight <= weights[0] * 4 for weight in weights)
+    assert recipes[0].techniques == recipe.techniques
+    assert len({str(one.techniques.multiscale_head.fused) for one in recipes}) == 1, "a schedule stays"
     assert all(recipe.optim.lr / 4 <= one.optim.lr <= recipe.optim.lr * 4 for one in recipes)
 
 
