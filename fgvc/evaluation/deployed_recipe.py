@@ -23,8 +23,8 @@ from fgvc.evaluation.judging import evidence
 from fgvc.evaluation.side import Classifier
 from fgvc.io.names import few
 from fgvc.runtime.bundle import bundle_with_judge, read_preprocess
-from fgvc.runtime.engine import OnnxSession
 from fgvc.runtime.labels import labels_of
+from fgvc.runtime.stack import Stack
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,5 +94,5 @@ def _fed(spec: Preprocess) -> dict[str, Any]:
 def _evidence(file: Path, spec: Preprocess, classes: tuple[str, ...], search: FileSearch | None, index: ImageIndex) -> str:
     if search is not None:
         return seen_words(search.search.best.accuracy, search.search.best.loss)
-    session = OnnxSession(file, output=spec.output)
+    session = Stack(path=file, preprocess=spec, labels=classes).session()
     return evidence(Classifier(path=file, kind="onnx", classes=classes, preprocess=spec, session=session), index)

@@ -154,11 +154,9 @@ def _open(path: Path, root: Path | None, *, labels: Path | None = None, preproce
         if spec is not None and not _takes_raw_pixels(spec):
             doubts = other_units(spec, NATURAL, "that of photographs")
         notes = tuple(f"{path}: {doubt}" for doubt in doubts)
-        output = None if spec is None or spec.network is None else spec.network.output
-        session = OnnxSession(path, output=output, classes=len(stack.labels))
         judge = None if (folder := bundle_with_judge(path)) is None else read_judge(folder, stack.labels)
         return Classifier(
-            path=path, kind="onnx", classes=stack.labels, preprocess=spec, notes=notes, session=session, deployed=True,
+            path=path, kind="onnx", classes=stack.labels, preprocess=spec, notes=notes, session=stack.session(), deployed=True,
             judge=judge,
         )  # fmt: skip
     if is_run(path):

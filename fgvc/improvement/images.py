@@ -78,6 +78,8 @@ def divide(
     Raises FgvcError where a set can't be read or has one class, and NoUnseenImagesError where no image is left to judge.
     """
     index = read_folder(root)
+    if index.contents is not None:
+        raise FgvcError(f"{root}: has its images inside of tables; give a folder, or a table that names files")
     if len(index.classes) < 2:
         raise FgvcError(f"{root}: {len(index.classes)} class; a classifier needs two")
     return _for_file(index, seen, unseen, bundle) if deployed else _for_net(index, in_folds=in_folds)

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from fgvc.api import export
 from fgvc.config.loading import load, validate
 from fgvc.config.recipe import Recipe
-from fgvc.data.deployed import PREPROCESS
 from fgvc.data.unseen import parse_seen
 from fgvc.errors import FgvcError
 from fgvc.evaluation.compared import Images, PairedAnswers, collect_answers
@@ -43,8 +42,9 @@ from fgvc.report.document import duration
 from fgvc.runs.folder import LOCK
 from fgvc.runs.images import first_index, read_index
 from fgvc.runs.loaded import load_run, onnx_answers
-from fgvc.runtime.bundle import read_json, read_preprocess
-from fgvc.runtime.engine import OnnxSession, available_cpus
+from fgvc.runtime.bundle import read_json
+from fgvc.runtime.engine import available_cpus
+from fgvc.runtime.stack import stack_of
 from fgvc.training.automatic import free_bytes
 
 TIMING_SHARE = 1 / 4  # of the budget, after which what is not timed is left out; but for the base
@@ -212,9 +212,9 @@ def _standing(task: Task, out: Path, view: View) -> NDArray[np.bool_]:
     if not file.is_file():
         path, recipe = Path(task.file), validate(Recipe, task.recipe, where=str(out))
         index = read_index(recipe, copies=False)
-        spec = read_preprocess(path.with_name(PREPROCESS))
-        session = OnnxSession(path, output=spec.output)
-        answers = onnx_answers(session, index, index.rows("val"), spec=spec, workers=0)
+        stack = stack_of(path)
+        assert stack.preprocess is not None  # it was kept with the file
+        answers = onnx_answers(stack.session(), index, index.rows("val"), spec=stack.preprocess, workers=0)
         write_atomic(file, as_json({"right": (answers.logits.argmax(1) == answers.labels).astype(int).tolist()}))
     right = np.array(read_json(file, dict)["right"], bool)
     low, high = wilson(float(right.mean()), len(right))

@@ -201,7 +201,8 @@ class Ladder:
                 self._set_done(rung, sum(self._seconds(name, 0.0) for name in self.runs(rung)))
         rungs = [rung for rung in rungs if rung.name not in self.outcomes]
         rung_of = {name: rung for rung in rungs for name in self.runs(rung)}
-        jobs = [self._job(rung, fold) for rung in rungs for fold in range(rung.runs)]
+        longest_first = sorted(rungs, key=lambda rung: rung.seconds, reverse=True)  # as the plan has them, see `makespan`
+        jobs = [self._job(rung, fold) for rung in longest_first for fold in range(rung.runs)]
         # Decided when the stage begins: a rung that goes on with another number of threads ends with other bits.
         together = self.choices.setdefault("together", {}).setdefault(stage, min(slots, len(jobs)))
         self._store()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from fgvc.config.images import Preprocess
 from fgvc.errors import FgvcError
@@ -16,6 +16,9 @@ from fgvc.images.preprocess import described, differences
 from fgvc.io.names import few, label_differences, sort_order_remark
 from fgvc.runtime.bundle import load_bundle, read_labels, read_preprocess
 from fgvc.runtime.labels import labels_of
+
+if TYPE_CHECKING:
+    from fgvc.runtime.engine import OnnxSession
 
 T = TypeVar("T")
 Verdict = Literal["the same", "other", "not known"]
@@ -33,6 +36,13 @@ class Stack:
     def model(self) -> Path:
         """Path of the bundle's model, or of the file itself."""
         return self.path / "model.onnx" if self.path.is_dir() else self.path
+
+    def session(self, *, threads: int | None = None) -> OnnxSession:
+        """Load the model, of several outputs that with the classes. `threads`: as of OnnxSession, which raises FgvcError."""
+        from fgvc.runtime.engine import OnnxSession  # onnxruntime, without which a stack can be read
+
+        output = None if self.preprocess is None else self.preprocess.output
+        return OnnxSession(self.model, threads=threads, output=output, classes=None if self.labels is None else len(self.labels))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -254,7 +254,7 @@ def _deployed_file(path: Path, threads: int) -> tuple[Preprocess, tuple[str, ...
     if stack.labels is None or stack.preprocess is None:
         lacks = "which classes it has" if stack.labels is None else "how it is fed"
         raise FgvcError(f"{path}: nothing says {lacks}: put labels.txt and preprocess.json beside it; `fgvc preprocess` helps")
-    session = OnnxSession(path, threads=threads, output=stack.preprocess.output, classes=len(stack.labels))
+    session = stack.session(threads=threads)
     refuse_misfit(session.file, stack.preprocess, model=path, where=path)
     return stack.preprocess, stack.labels, session
 

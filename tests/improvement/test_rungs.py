@@ -73,6 +73,21 @@ def test_a_run_that_ended_before_a_kill_counts_though_the_time_is_up(
     assert (ladder.outcomes[BASE].right, ladder.outcomes[BASE].share) == (3, 0.5)
 
 
+def test_the_longest_runs_begin_first_as_planned(ladder: Ladder, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = []
+
+    def run(pool: Workers, jobs: Sequence[Job], **options: object) -> None:
+        begun.extend(job.name for job in jobs)
+
+    tuned = [Rung(name=name, stage="tune", what="", settings={}, epochs=1, seconds=seconds)
+             for name, seconds in ((BASE, 8), ("heads", 9), ("taught", 13))]  # fmt: skip
+    ladder.plan = replace(ladder.plan, rungs=tuple(tuned))
+    monkeypatch.setattr("fgvc.improvement.rungs.write_recipe", lambda tree, path: None)
+    monkeypatch.setattr(Workers, "run", run)
+    ladder._run("tune")
+    assert begun == ["taught", "heads", BASE]
+
+
 @pytest.mark.parametrize("start", [BASE, "probe-deployed"])
 def test_the_plain_recipe_runs_beside_all_that_is_another(
     ladder: Ladder, start: str, monkeypatch: pytest.MonkeyPatch
