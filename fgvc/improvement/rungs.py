@@ -48,6 +48,7 @@ from fgvc.training.interpolate import right_by_share
 Status = Literal["done", "dropped", "failed"]
 UNCHOSEN_SHARE = 0.8  # of the way, best in the mean of three deployed files at 3e-4 (benchmarks/improve/rates.csv)
 IS_PLAIN = "what ships is the plain recipe"
+SHORTEST = 0.5  # of what was planned for what ships, that rungs which take longer than planned leave; then they are stopped
 LEAST_FREE = 100 * 2**20  # bytes of the disk: with less a failure is taken for one of space
 BETWEEN = "between"  # of the net between a run's start and its end that the images that choose like best
 Say = Callable[[str], None]
@@ -193,7 +194,8 @@ class Ladder:
 
     def _run_side_by_side(self, stage: Stage, rungs: Sequence[Rung]) -> None:
         slots = self.plan.slots
-        ends = [rung.latest_start + makespan([rung], slots) for rung in rungs if rung.latest_start is not None]
+        late = (1 - SHORTEST) * makespan(self.plan.of("ship"), slots)
+        ends = [rung.latest_start + makespan([rung], slots) + late for rung in rungs if rung.latest_start is not None]
         latest = max(ends, default=1.1 * self.plan.budget - self.plan.shipping)  # what ships can be a little late
         self._ended = {rung.name: [] for rung in rungs}
         for rung in rungs:
@@ -270,8 +272,9 @@ class Ladder:
         return recipe_of(self.task.recipe, merged({"train": {"precision": self.plan.precision}}, *settings))
 
     def epochs(self, rung: Rung) -> int:
-        """Epochs of a rung; of what ships more, where a cheaper one than the costliest won."""
-        return rung.epochs_of.get(self.best or "", rung.epochs)
+        """Epochs of a rung; of what ships more where a cheaper one than the costliest won, fewer where little time is left."""
+        epochs = rung.epochs_of.get(self.best or "", rung.epochs)
+        return max(1, int(epochs * self.choices.get("length", 1.0))) if rung.stage == "ship" else epochs
 
     def _set(self, name: str, outcome: Outcome) -> None:
         self.outcomes[name] = outcome
@@ -372,6 +375,7 @@ class Ladder:
         is_plain = self.best == BASE and not self._start and share == 1
         if is_plain and PLAIN not in self.outcomes and self.plan.of("ship")[-1].name == PLAIN:
             self._set(PLAIN, Outcome(status="dropped", reason=IS_PLAIN))
+        self._shorten()
         self._run("ship")
         start = self.choices.get("start", BASE)
         best = self.best if self.best is not None else start if start != BASE else None
@@ -383,6 +387,20 @@ class Ladder:
             raise FgvcError(f"{self.run(FINAL)}: {ended.reason}, and nothing else could ship; {way}")
         self.choices["ships"] = self._at(self.first_run(ships).name, share).name
         self._store()
+
+    def _shorten(self) -> None:
+        """Decide on a share of the epochs of what ships: less than all where the time that is left is too short for them, at the
+        pace of the rungs so far."""
+        rungs = [rung for rung in self.plan.of("ship") if rung.name not in self.outcomes]
+        if "length" in self.choices or not rungs:
+            return
+        trained = [rung for rung in self.plan.rungs if rung.stage in ("tune", "teach") and self.has_run(rung.name)]
+        pace = max([1.0, *(self.outcomes[rung.name].seconds / (rung.runs * rung.seconds) for rung in trained)])
+        left = self.plan.budget - self.plan.shipping - self.clock.seconds
+        self.choices["length"] = length = min(1.0, max(0.0, round(left / (pace * makespan(rungs, self.plan.slots)), 2)))
+        self._store()
+        if length < 1:
+            self.say(f"less time is left than was planned: what ships has {100 * length:.0f} % of its epochs")
 
 
 def _is_finished(run: Path) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -86,6 +86,43 @@ def test_the_longest_runs_begin_first_as_planned(ladder: Ladder, monkeypatch: py
     monkeypatch.setattr(Workers, "run", run)
     ladder._run("tune")
     assert begun == ["taught", "heads", BASE]
+
+
+def test_what_ships_has_fewer_epochs_where_the_machine_became_slow(ladder: Ladder, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, final = (Rung(name=name, stage=stage, what="", settings={}, epochs=10, seconds=200)
+                   for name, stage in ((BASE, "tune"), (FINAL, "ship")))  # fmt: skip
+    ladder.plan = replace(ladder.plan, rungs=(base, final))  # 600 s, 30 of them for shipping
+    monkeypatch.setattr(Clock, "seconds", property(lambda clock: 330.0))
+    lines: list[str] = []
+    monkeypatch.setattr(ladder, "say", lines.append)
+    for seconds, epochs in ((150, 10), (200, 10), (300, 8)):  # 240 s are left, for 200 or 300
+        ladder.choices.pop("length", None)
+        ladder.outcomes[BASE] = replace(DONE, seconds=seconds)
+        ladder._shorten()
+        assert (ladder.epochs(base), ladder.epochs(final)) == (10, epochs)
+    assert lines == ["less time is left than was planned: what ships has 80 % of its epochs"]
+    ladder.outcomes[BASE] = replace(DONE, seconds=900)
+    ladder._shorten()
+    assert ladder.epochs(final) == 8, "decided once"
+
+
+def test_the_base_may_take_the_time_that_what_ships_can_spare(ladder: Ladder, monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = []
+
+    def run(pool: Workers, jobs: Sequence[Job], *, until: Callable[[], bool], **options: object) -> None:
+        for seconds in range(0, 600, 10):
+            monkeypatch.setattr(Clock, "seconds", property(lambda clock, now=seconds: now))
+            if until():
+                ends.append(seconds)
+                break
+
+    base, final = (Rung(name=name, stage=stage, what="", settings={}, epochs=10, seconds=200)
+                   for name, stage in ((BASE, "tune"), (FINAL, "ship")))  # fmt: skip
+    ladder.plan = replace(ladder.plan, rungs=(replace(base, latest_start=150), final))
+    monkeypatch.setattr("fgvc.improvement.rungs.write_recipe", lambda tree, path: None)
+    monkeypatch.setattr(Workers, "run", run)
+    ladder._run("tune")
+    assert ends == [460], "planned until 350, and a half of 200 seconds more"
 
 
 @pytest.mark.parametrize("start", [BASE, "probe-deployed"])
