@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fgvc.config.knots import knot_positions
+from fgvc.config.models import is_checkpoint
 from fgvc.config.section import Section
 from fgvc.config.technique import Mixing
 from fgvc.config.techniques import enabled_techniques
@@ -91,7 +93,9 @@ def _first_weights(recipe: Recipe) -> Iterator[str]:
         yield "image.train_scale: the net of model.onnx takes images of image.size alone; leave it at 1"
     if recipe.model.onnx is not None and recipe.data.first_classes is not None:
         yield "data.first_classes: the net of model.onnx has as many classes as its file; leave it out"
-    if recipe.train.max_steps == 0 and recipe.model.head != "probe" and recipe.model.weights != "deployed":
+    # By the path alone: the recipe of a finished run can be read after the run that it began with is gone.
+    trained = recipe.model.weights == "deployed" or is_checkpoint(Path(recipe.model.weights))
+    if recipe.train.max_steps == 0 and recipe.model.head != "probe" and not (recipe.model.head == "timm" and trained):
         yield "train.max_steps: 0 ships the start, whose head is not fitted; set model.head to probe"
     if recipe.model.weights == "none" and recipe.model.head == "probe":
         yield "model.head: probe fits a head to pretrained features; set it to zero or timm with weights: none"

@@ -137,7 +137,12 @@ class Model(Section):
         return kwargs
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether a file's place is that of weights in a run's checkpoint, RUN/ckpt/NAME/FILE, also of a run that is gone."""
+    return path.parent.parent.name == "ckpt"
+
+
 def run_of(path: Path) -> Path | None:
     """The folder of the run that a file is a checkpoint of; None for other files."""
     run = path.parent.parent.parent
-    return run if path.parent.parent.name == "ckpt" and (run / "preprocess.json").is_file() else None
+    return run if is_checkpoint(path) and (run / "preprocess.json").is_file() else None

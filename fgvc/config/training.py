@@ -140,7 +140,10 @@ class Train(Section):
         "memory needs",
     )
     max_steps: int | None = Field(
-        None, ge=0, description="stop early after so many steps, schedule unchanged; 0: the start ships (model.head: probe)"
+        None,
+        ge=0,
+        description="stop early after so many steps, schedule unchanged; 0: the start ships (model.head: probe, or weights with "
+        "a trained head)",
     )
     seed: int = Field(
         0, ge=0, description="of the head's first weights, the order, the augmentation, the techniques' draws"
@@ -164,7 +167,8 @@ class Train(Section):
     refit: bool = Field(
         False,
         description="once the run has finished, train again on the validation split as well, all else equal, in a folder of its "
-        "own beside it (NAME-refit): what ships then. Where no epoch was better than the start, only the head is fitted anew",
+        "own beside it (NAME-refit): what ships then. Where no epoch was better than the start, only the head is "
+        "fitted anew, and without a fitted head (model.head: probe) there is no second run",
     )
     sampling: Literal["uniform", "balanced"] = Field(
         "uniform",

@@ -9,19 +9,20 @@ from fgvc.runs import checkpoint
 from fgvc.runs.folder import read_run
 
 
-def refit_recipe(run: Path) -> tuple[Recipe, Path, str]:
+def refit_recipe(run: Path) -> tuple[Recipe | None, Path, str]:
     """Return recipe and folder of the refit of a finished run, and a message about it. It trains for all epochs of the run: no
-    validation is left to choose one by. Where validation scored no epoch above the start, the refit is the start alone."""
+    validation is left to choose one by. Where validation scored no epoch above the start, the refit is the start alone, its head
+    fitted anew; where no head is fitted, that would be the same weights again: the recipe is None, and the folder the run's."""
     recipe = read_run(run)
     out, message = run.with_name(f"{run.name}-refit"), f"training again on training and validation images together, as {run} was"
-    update: dict[str, object] = {"refit": False}
+    update: dict[str, object] = {"refit": False, "patience": None}
     if recipe.selected == "best":
         best = checkpoint.load(run / "ckpt", "best", say=lambda _: None).progress
+        if best.step == 0 and recipe.model.head != "probe":
+            return None, run, "no epoch was better than its start: that is what ships, and more images would not change it"
         if best.step == 0:
             update["max_steps"] = 0
-            message = f"no epoch of {run} was better than its start: "
-            fitted = recipe.model.head == "probe"
-            message += "fitting the start's head again, on validation images as well" if fitted else "that is what ships"
+            message = f"no epoch of {run} was better than its start: fitting the start's head again, on validation images as well"
         elif best.epoch < recipe.train.epochs:
             message += f"; of that epoch {best.epoch} was the best, this one ends with its last"
     refit = recipe.model_copy(

@@ -61,7 +61,8 @@ from fgvc.training.watch import TERM, not_finite_error, refuse_not_finite, state
 
 
 def train(recipe: Recipe, out: Path, *, resume: str = "auto", overwrite: bool = False, recorded: bool = False) -> Path:
-    """Train to the end of the schedule, or to `train.max_steps`; return `out`, or the folder of its refit (`train.refit`).
+    """Train to the end of the schedule, or to `train.max_steps`; return `out`, or the folder of its refit (`train.refit`) where
+    that could be another net.
 
     Goes on from `out`'s last checkpoint if that run is unfinished: killed at any moment and started again, it ends (on CPU)
     with the same bits as an uninterrupted one, and with the images that it recorded when it began: it refuses a set that has
@@ -75,7 +76,8 @@ def train(recipe: Recipe, out: Path, *, resume: str = "auto", overwrite: bool = 
     refit, folder, message = refit_recipe(out)
     if os.environ.get("RANK", "0") == "0":  # torchrun's
         Events(out, recipe.log).say(f"{folder}: {message}")
-    _train(refit, folder, resume="auto", overwrite=overwrite, recorded=recorded)
+    if refit is not None:
+        _train(refit, folder, resume="auto", overwrite=overwrite, recorded=recorded)
     return folder
 
 

@@ -61,12 +61,38 @@ def test_where_no_epoch_was_better_the_refit_is_the_start_on_all_images(tmp_path
     assert api.report([out], tmp_path / "page.html", split="test").is_file()
 
 
+def test_the_refit_of_a_run_with_patience_trains_for_all_epochs(tmp_path: Path, pretrained: dict) -> None:  # noqa: F811
+    one = recipe(pretrained, train={"refit": True, "patience": 1}, select="last")
+    out = trainer.train(one, tmp_path / "run")
+    assert checkpoint.read_progress(out / "ckpt").epoch == one.train.epochs
+    assert read_run(tmp_path / "run").train.patience == 1
+
+
+def test_a_start_whose_head_is_not_fitted_has_no_refit(
+    tmp_path: Path, pretrained: dict, capsys: pytest.CaptureFixture[str]  # noqa: F811
+) -> None:
+    harm = {"name": "sgd", "lr": 3.0, "warmup_epochs": 0}
+    one = recipe(pretrained, model={"head": "zero"}, optim=harm, train={"refit": True}, select_by="loss")
+    out = trainer.train(one, tmp_path / "run")
+    assert out == tmp_path / "run"
+    assert not (tmp_path / "run-refit").exists()
+    assert "no epoch was better than its start: that is what ships" in capsys.readouterr().err
+    assert checkpoint.load(out / "ckpt", "best").progress.step == 0
+
+
+def test_the_start_alone_may_ship_where_a_run_trained_its_head(pretrained: dict, tmp_path: Path) -> None:  # noqa: F811
+    weights = str(tmp_path / "gone" / "ckpt" / "best" / "net.safetensors")
+    one = recipe(pretrained, model={"weights": weights, "head": "timm"}, train={"max_steps": 0})
+    assert one.train.max_steps == 0
+
+
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
         ({"train": {"refit": True}, "data": {"hold_out": False}}, "data.hold_out: false leaves none"),
         ({"data": {"hold_out": False, "fold": [0, 3]}}, "hold_out: false leaves none"),
         ({"train": {"max_steps": 0}, "model": {"head": "timm"}}, "whose head is not fitted"),
+        ({"train": {"max_steps": 0}, "model": {"head": "zero", "weights": "a/ckpt/last/net.safetensors"}}, "head is not fitted"),
     ],
 )
 def test_what_contradicts_is_refused(pretrained: dict, sections: dict, message: str) -> None:  # noqa: F811
