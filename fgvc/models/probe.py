@@ -86,7 +86,7 @@ def _held_out_losses(
     not learn; empty if no row can be held out."""
     from sklearn.model_selection import StratifiedGroupKFold
 
-    folds = min(FOLDS, len(np.unique(groups)))
+    folds = min(FOLDS, len(np.unique(groups)), int(np.bincount(y).max()))  # scikit-learn refuses more than any class has rows
     if folds < 2:
         return {}
     with warnings.catch_warnings():

@@ -53,6 +53,14 @@ def test_the_penalty_follows_the_data() -> None:
     assert clear.loss < noise.loss / 2
 
 
+@pytest.mark.parametrize("images", [1, 2])
+def test_fewer_images_a_class_than_folds_are_held_out_as_far_as_they_go(images: int) -> None:
+    x, y = blobs(6, images=images)
+    probe = fit_probe(x, y, classes=6)
+    assert np.isfinite(probe.weight).all()
+    assert np.isfinite(probe.loss) == (images > 1)
+
+
 def test_views_of_one_image_are_held_out_together() -> None:
     """Labels at random: what was seen in another view of itself would look learned."""
     rng = np.random.default_rng(0)
