@@ -119,7 +119,8 @@ def probe(
         ),
     ] = None,
     images: Annotated[
-        int, typer.Option(min=10, help="Most images that are looked at; of more a stratified sample is drawn.")
+        int,
+        typer.Option(min=10, help="Most images that are looked at; of more a sample is drawn, of each class 5 or more."),
     ] = 3000,
     json: Annotated[
         str | None, typer.Option(metavar="FILE|-", help="All figures as JSON; - for stdout, and no table.")

@@ -36,11 +36,20 @@ def stratified(
     if groups is not None:
         return _by_group(labels, fraction, group_codes(groups), rng)
     counts = np.bincount(labels) if len(labels) else np.zeros(1, np.int64)
-    quota = _quotas(counts, fraction, rng)
-    order = np.lexsort((rng.random(len(labels)), labels))  # by class, at random within it
-    mask = np.zeros(len(labels), bool)
-    rank = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
-    mask[order[rank < np.repeat(quota, counts)]] = True
+    return _drawn(labels, _quotas(counts, fraction, rng), rng)
+
+
+def sampled(labels: np.ndarray, count: int, *, least: int, seed: int) -> np.ndarray:
+    """Mask (N,) of about `count` of the rows, as many of each class as its share, but `least` or all that it has: so that none is
+    missing. They are more than `count` by what these lack."""
+    labels = np.asarray(labels)
+    if len(labels) <= count:
+        return np.ones(len(labels), bool)
+    mask = stratified(labels, count / len(labels), seed=seed, split="train")
+    counts = np.bincount(labels)
+    lacking = np.minimum(counts, least) - np.bincount(labels[mask], minlength=len(counts))
+    rest = np.flatnonzero(~mask)
+    mask[rest[_drawn(labels[rest], lacking, generator(SPLIT, seed, len(SPLITS) + 1))]] = True
     return mask
 
 
@@ -99,6 +108,16 @@ def straddling(groups: np.ndarray, splits: np.ndarray) -> list[str]:
     np.minimum.at(low, codes, splits)
     np.maximum.at(high, codes, splits)
     return [name for name in names[low < high].tolist() if name]
+
+
+def _drawn(labels: np.ndarray, quota: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Mask (N,) of so many rows of each class (K,), at random."""
+    counts = np.bincount(labels, minlength=len(quota))
+    order = np.lexsort((rng.random(len(labels)), labels))  # by class, at random within it
+    mask = np.zeros(len(labels), bool)
+    rank = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
+    mask[order[rank < np.repeat(quota, counts)]] = True
+    return mask
 
 
 def _quotas(counts: np.ndarray, fraction: float, rng: np.random.Generator) -> np.ndarray:

@@ -19,7 +19,7 @@ from fgvc.config.recipe import Recipe
 from fgvc.config.shipped import recipe_file
 from fgvc.data.index import ImageIndex
 from fgvc.data.recipe import load_recipe, resolve_data
-from fgvc.data.splits import stratified
+from fgvc.data.splits import sampled
 from fgvc.errors import FgvcError
 from fgvc.evaluation.features import Features, embed_rows
 from fgvc.evaluation.learning_curve import Curve, Fold, learning_curve, make_folds
@@ -31,6 +31,7 @@ from fgvc.runs.images import read_index, run_overlap
 from fgvc.studies.candidate import WRITE, Candidate, from_weights, open_candidate
 
 IMAGES = 3000
+LEAST = 5  # images of each class in a sample: one in each fold, and others to learn from
 WHOLE = 1.0  # share of the image that the evaluation crop keeps
 Size = tuple[int, int]
 Progress = Callable[[str, int, int], None]
@@ -112,7 +113,8 @@ def probe(
     `data`: a folder or a table (`data.kind: auto`), a recipe or its id. `starts`: nets, see `fgvc.studies.candidate.WRITE`,
     beside the recipe's own; `sizes` (height, width): by default the recipe's, or each net's own; `crops`: shares of the resized
     image that the evaluation crop keeps, by default the net's own and 1. `images`: most that are looked at; of more a stratified
-    sample is drawn. Raises FgvcError where nothing can be read or held out, or a net is not there or can't be used.
+    sample is drawn, of each class LEAST or all that it has.
+    Raises FgvcError where nothing can be read or held out, or a net is not there or can't be used.
     """
     probed = _read_data(data, overrides, images)
     candidates, notes = _candidates(probed, starts, sizes)
@@ -200,11 +202,7 @@ def _read_data(data: str, overrides: Sequence[str], images: int) -> Data:
     learning = np.flatnonzero(index.splits != SPLITS.index("test"))
     if not len(learning):
         raise FgvcError(f"{data}: no images to learn from: all of them are in the test split")
-    rows = learning
-    if len(learning) > images:
-        rows = learning[
-            stratified(index.labels[learning], images / len(learning), seed=recipe.data.split_seed, split="train")
-        ]
+    rows = learning[sampled(index.labels[learning], images, least=LEAST, seed=recipe.data.split_seed)]
     source_data = Data(
         source=data,
         overrides=tuple(overrides),

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.dtypes import StringDType
 
-from fgvc.data.splits import carve, fold_numbers, group_codes, straddling, stratified
+from fgvc.data.splits import carve, fold_numbers, group_codes, sampled, straddling, stratified
 
 labels_ = st.lists(st.integers(0, 6), min_size=1, max_size=200).map(lambda x: np.array(x, np.int32))
 fractions = st.floats(0, 0.99)
@@ -44,6 +44,17 @@ def test_worked_quotas():
     assert set(np.bincount(thirty[stratified(thirty, 0.1, seed=0, split="val")]).tolist()) == {3}
     assert not stratified(np.arange(9), 0.9, seed=0, split="test").any()
     assert stratified(np.array([], np.int32), 0.5, seed=0, split="val").shape == (0,)
+
+
+@given(labels_, st.integers(1, 250), st.integers(1, 5), seeds)
+def test_a_sample_has_the_least_of_every_class_and_of_larger_ones_their_share(labels, count, least, seed):
+    mask = sampled(labels, count, least=least, seed=seed)
+    for k in np.unique(labels):
+        n, taken = (labels == k).sum(), mask[labels == k].sum()
+        share = n * min(1, count / len(labels))
+        assert taken >= min(n, least)
+        assert taken <= max(min(n, least), np.ceil(share + 1e-6))
+        assert taken >= np.floor(share - 1e-6)
 
 
 def test_the_same_key_gives_the_same_rows_and_another_key_others():

@@ -153,6 +153,12 @@ def test_a_larger_set_is_sampled_and_said(recipe: Path, capsys: pytest.CaptureFi
     assert np.bincount(probe.data.index.labels[probe.data.rows]).tolist() == [10] * 3
 
 
+def test_a_sample_of_many_classes_can_still_hold_some_of_each_out(recipe: Path) -> None:
+    probe = api.probe(str(recipe), images=3, crops=[1.0])
+    assert np.bincount(probe.data.index.labels[probe.data.rows]).tolist() == [5] * 3
+    assert probe.data.scarce == 0
+
+
 def test_a_larger_size_is_proposed_as_the_option_reads_it(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     call("probe", recipe, "--crop", 1, "--size", "32x64")
     output = capsys.readouterr().out
