@@ -16,6 +16,7 @@ from fgvc.config.recipe import Recipe
 from fgvc.data.augment import Augmenter
 from fgvc.data.index import ImageIndex, spread
 from fgvc.data.loader import augmented_views, evaluation_loader
+from fgvc.data.splits import group_codes, sampled
 from fgvc.errors import FgvcError
 from fgvc.evaluation.features import pooled
 from fgvc.models.backbone import memory_format
@@ -26,7 +27,7 @@ from fgvc.training.session import Session
 
 UNFOLD_IMAGES = 512  # of which the statistics of convolutions are taken
 VIEWS = 2  # augmented views of each image, beside the one that evaluation sees
-MAX_IMAGES = 20_000
+MAX_IMAGES = 20_000  # to which a head is fitted
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,15 +120,17 @@ def _fit_head(session: Session, net: nn.Module, spec: Preprocess, *, where: str)
 def fit_net_probe(
     session: Session, net: nn.Module, spec: Preprocess, *, where: str
 ) -> tuple[Probe, HeadFit, ViewFeatures]:
-    """Fit logistic regression to the features by `net`, in eval mode and on the device, of the training images (up to MAX_IMAGES,
-    spread evenly); returns these features, too. `where`: in errors. Raises FgvcError where no image can be read."""
+    """Fit logistic regression to the features by `net`, in eval mode and on the device, of the training images (of more than
+    MAX_IMAGES a sample with every class); returns these features, too. `where`: in errors. Raises FgvcError where no image can be
+    read."""
     recipe, index = session.recipe, session.index
-    rows = spread(index.rows("train"), MAX_IMAGES)
+    rows = index.rows("train")
+    rows = rows[sampled(index.labels[rows], MAX_IMAGES, least=1, seed=recipe.data.split_seed)]
     features = view_features(net, spec, index, rows, recipe=recipe, device=session.process.device)
+    # Held out together: all views of an image, and all images of one of the set's groups, which are as alike.
+    groups = features.rows if index.groups is None else group_codes(index.groups)[features.rows]
     try:
-        probe = fit_probe(
-            features.vectors, features.labels, classes=len(index.classes), groups=features.rows, seed=recipe.train.seed
-        )
+        probe = fit_probe(features.vectors, features.labels, classes=len(index.classes), groups=groups, seed=recipe.train.seed)
     except FgvcError as error:
         raise FgvcError(f"{where}: {error}") from error
     loss = None if np.isnan(probe.loss) else round(probe.loss, 4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +13,20 @@ from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
 
 from fgvc import api
+from fgvc.config.recipe import Recipe
+from fgvc.data.index import ImageIndex
 from fgvc.data.loader import evaluation_loader
+from fgvc.data.splits import fold_numbers
 from fgvc.evaluation.paired import gain_interval
 from fgvc.models.backbone import plain_model
 from fgvc.runs import checkpoint
+from fgvc.runs.distributed import process_group
 from fgvc.runs.folder import read_run, recorded_preprocess
 from fgvc.runs.images import read_index
 from fgvc.training import trainer
+from fgvc.training.floor import FOLDS, _cross_fitted
+from fgvc.training.session import open_session
+from fgvc.training.start import HeadFit, ViewFeatures, fit_net_probe
 from tests.training.test_start import pretrained, recipe  # noqa: F401
 
 
@@ -98,12 +106,6 @@ def test_without_a_validation_part_it_is_judged_across_training_images(tmp_path:
 
 def test_held_out_answers_are_those_of_scikit_learn(pretrained: dict) -> None:  # noqa: F811
     """By hand: standardised features, five folds, whole images."""
-    from fgvc.data.splits import fold_numbers
-    from fgvc.runs.distributed import process_group
-    from fgvc.training.floor import FOLDS, _cross_fitted
-    from fgvc.training.session import open_session
-    from fgvc.training.start import ViewFeatures
-
     one = recipe(pretrained, data={"hold_out": False})
     rng = np.random.default_rng(3)
     with process_group(one.train) as process, open_session(one, process) as session:
@@ -119,6 +121,45 @@ def test_held_out_answers_are_those_of_scikit_learn(pretrained: dict) -> None:  
         x = (vectors - mean) / np.maximum(spread, 0.3 * np.median(spread))
         expected = LogisticRegression(C=0.1, max_iter=500).fit(x[learn], labels[learn]).predict(x[held_out])
         assert (predicted[held_out] == expected).mean() > 0.99
+
+
+def fitted(one: Recipe, features: Callable[..., ViewFeatures], monkeypatch: pytest.MonkeyPatch) -> HeadFit:
+    """The fit of the head to features in the place of the net's."""
+    monkeypatch.setattr("fgvc.training.start.view_features", features)
+    with process_group(one.train) as process, open_session(one, process) as session:
+        return fit_net_probe(session, session.step.net, session.preprocess, where="here")[1]
+
+
+@pytest.mark.parametrize("most", [1, 2, 10, 48])
+def test_every_class_is_among_the_images_that_a_head_is_fitted_to(
+    pretrained: dict, monkeypatch: pytest.MonkeyPatch, most: int  # noqa: F811
+) -> None:
+    def features(net: object, spec: object, index: ImageIndex, rows: np.ndarray, **_: object) -> ViewFeatures:
+        counts.append(np.bincount(index.labels[rows], minlength=3))
+        return ViewFeatures(np.random.default_rng(0).normal(size=(len(rows), 4)).astype(np.float32), index.labels[rows], rows)
+
+    counts: list[np.ndarray] = []
+    monkeypatch.setattr("fgvc.training.start.MAX_IMAGES", most)
+    fit = fitted(recipe(pretrained), features, monkeypatch)
+    assert counts[0].min() >= max(1, most // 3)
+    assert fit.images == counts[0].sum() == max(most, 3)
+
+
+def test_images_of_one_group_are_held_out_together_where_the_penalty_is_chosen(
+    pretrained: dict, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:
+    """Features that tell the groups apart and nothing else: another image of the group would make its class look learned."""
+
+    def features(net: object, spec: object, index: ImageIndex, rows: np.ndarray, **_: object) -> ViewFeatures:
+        _, group = np.unique(index.groups[rows], return_inverse=True)
+        assert len(set(group)) == 12
+        vectors = np.random.default_rng(0).normal(size=(12, 50)).astype(np.float32)
+        return ViewFeatures(np.repeat(vectors[group], 2, axis=0), np.repeat(index.labels[rows], 2), np.repeat(rows, 2))
+
+    data = {"kind": "folder", "group_size": 4}
+    fit = fitted(recipe(pretrained, data=pretrained["data"] | data), features, monkeypatch)
+    assert fit.held_out_loss is not None
+    assert fit.held_out_loss > 0.9 * np.log(3)
 
 
 def test_random_weights_and_nets_without_a_linear_head_have_none(tmp_path: Path, recipe_tree: dict) -> None:
