@@ -82,7 +82,7 @@ def start_doubt(scores: Scores, model: Model) -> str | None:
     way = (
         "set model.head=probe (or zero)"
         if model.head == "timm"
-        else "do its weights fit model.mean, model.std and deploy?"
+        else "do deploy.mean, deploy.std and the rest of deploy fit its weights?"
     )
     return (
         f"the start's cross-entropy is {scores.loss:.2f} nats, where the same answer for all {len(scores.confusion)} classes has "

@@ -1,6 +1,7 @@
 """What training says of the data before the first step, and keeps with the run."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,8 +11,12 @@ import yaml
 from PIL import Image
 
 from fgvc.api import load_recipe
+from fgvc.config.models import Model
+from fgvc.config.recipe import Recipe
 from fgvc.errors import FgvcError
+from fgvc.evaluation.metrics import score_logits
 from fgvc.training.trainer import train
+from fgvc.training.validate import start_doubt
 
 
 def test_what_is_odd_about_the_data_is_said_and_kept(recipe_tree: dict, colours: Path, tmp_path: Path, capfd) -> None:
@@ -44,3 +49,14 @@ def test_boxes_in_shares_are_refused_for_training(boxed_tree: dict, boxed: Path,
     path.write_text(yaml.safe_dump(tree))
     with pytest.raises(FgvcError, match="are they shares of the image's sides"):
         train(load_recipe(path, ["train.max_steps=1"]), tmp_path / "run")
+
+
+@pytest.mark.parametrize("head", ["timm", "zero", "probe"])
+def test_the_doubt_of_a_start_names_settings_that_there_are(head: str) -> None:
+    model = Model(backbone="resnet18", weights="hub", head=head)
+    doubt = start_doubt(score_logits(np.array([[90.0, 0], [0, 0]]), np.array([1, 0])), model)
+    assert doubt is not None
+    keys = re.findall(r"\b(?:model|deploy)\.\w+", doubt)
+    assert keys
+    for section, _, key in (name.partition(".") for name in keys):
+        assert key in Recipe.model_fields[section].annotation.model_fields, doubt
