@@ -150,13 +150,12 @@ def linear_head(net: nn.Module) -> nn.Linear | nn.Conv2d:
         return classifier
     if isinstance(classifier, nn.Conv2d) and classifier.kernel_size == (1, 1) and classifier.groups == 1:
         return classifier
-    raise FgvcError(
-        f"model.head: the classifier of a {type(net).__name__} is no linear layer ({type(classifier).__name__}); set it to timm"
-    )
+    raise FgvcError(f"the classifier of a {type(net).__name__} is no linear layer ({type(classifier).__name__})")
 
 
-def require_linear_head(net: nn.Module, size: tuple[int, int], name: str) -> None:
-    """Raise FgvcError unless the logits of the net called `name` are a linear layer, with a bias, of its pooled features."""
+def require_linear_head(net: nn.Module, size: tuple[int, int], name: str, *, way: str) -> None:
+    """Raise FgvcError unless the logits of the net called `name` are a linear layer, with a bias, of its pooled features. `way`:
+    what to do else, for the message."""
     try:
         head = linear_head(net)
         (_, vectors), (_, z) = zeros_through(net, size, pre_logits=True), zeros_through(net, size)
@@ -166,9 +165,7 @@ def require_linear_head(net: nn.Module, size: tuple[int, int], name: str) -> Non
     except (RuntimeError, AssertionError, ValueError, AttributeError, TypeError, FgvcError):
         fits = False
     if not fits:
-        raise FgvcError(
-            f"{name} has no linear head (with a bias) on pooled features, which is what can be fitted"
-        )
+        raise FgvcError(f"{name} has no linear head (with a bias) on pooled features, which is what can be fitted; {way}")
 
 
 def put_head(net: nn.Module, weight: Tensor, bias: Tensor) -> None:

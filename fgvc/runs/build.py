@@ -91,7 +91,7 @@ def build_net(
     if pretrained:
         zero_gamma(net, model)
         if model.head == "zero":
-            zero_head(net)
+            _zero_head(net)
     else:
         weights = replace(weights, origin="of the checkpoint")
     if isinstance(net, OnnxNet):
@@ -102,7 +102,7 @@ def build_net(
     for side in {size, *(recipe.image.train_size(epoch / epochs) for epoch in range(epochs))}:
         refuse_size(net, side, classes, recipe.model.name)
     if pretrained and model.head == "probe":
-        require_linear_head(net, size, f"model.head: {recipe.model.name}")
+        require_linear_head(net, size, f"model.head: probe: {recipe.model.name}", way="set model.head=timm")
     preprocess = preprocess_for(recipe.deploy, size, weights)
     if isinstance(net, OnnxNet):
         preprocess = preprocess.model_copy(update={"network": net.file.record})
@@ -121,6 +121,13 @@ def build_net(
         opener=None if opener is None else partial(opener, student=preprocess),
     )
     return BuiltNet(step, weights, preprocess, tuple(name for name, p in step.named_parameters() if id(p) in loaded))
+
+
+def _zero_head(net: nn.Module) -> None:
+    try:
+        zero_head(net)
+    except FgvcError as error:
+        raise FgvcError(f"model.head: zero: {error}; set model.head=timm") from error
 
 
 def check_file(

@@ -109,7 +109,8 @@ class TeacherLoader:
         from_file = settings.onnx is not None
         loaded = self._load_file(settings, student) if from_file else self._load_timm(settings, student)
         refuse_size(loaded.net, loaded.spec.size, len(self.classes), loaded.model.name)
-        require_linear_head(loaded.net, loaded.spec.size, loaded.model.name)
+        way = "take another net, or one that was trained on these classes (kind: timm, run or bundle)"
+        require_linear_head(loaded.net, loaded.spec.size, loaded.model.name, way=way)
         last = set(map(id, linear_head(loaded.net).parameters()))
         rest = {name for name, value in loaded.net.named_parameters() if id(value) not in last}
         if missing := [name for name in loaded.weights.fresh if name in rest]:

@@ -17,6 +17,7 @@ from fgvc.config.recipe import Recipe
 from fgvc.data.augment import Augmenter
 from fgvc.data.loader import augmented_views, evaluation_loader
 from fgvc.errors import FgvcError
+from fgvc.runs.build import build_net
 from fgvc.runs.folder import recorded_preprocess
 from fgvc.runs.images import read_index
 from fgvc.training import trainer
@@ -125,6 +126,16 @@ def test_swa_keeps_frozen_statistics(tmp_path: Path, pretrained: dict) -> None:
 def test_refuses_what_contradicts(pretrained: dict, sections: dict, message: str) -> None:
     with pytest.raises(FgvcError, match=message):
         recipe(pretrained, **sections)
+
+
+@pytest.mark.parametrize("head", [{}, {"head": "zero"}])
+def test_a_net_whose_head_cannot_be_fitted_is_told_the_way_out(tmp_path: Path, recipe_tree: dict, head: dict) -> None:
+    name = "deit_tiny_distilled_patch16_224"
+    save_file(timm.create_model(name).state_dict(), tmp_path / "two.safetensors")
+    model = {"backbone": name, "weights": str(tmp_path / "two.safetensors"), **head}
+    one = recipe(recipe_tree | {"model": model, "image": {"size": 224}})
+    with pytest.raises(FgvcError, match=rf"model\.head: {one.model.head}: .*; set model\.head=timm"):
+        build_net(one, 3)
 
 
 def test_views_before_training_are_of_every_image_and_of_no_epoch(recipe_tree: dict, tmp_path: Path) -> None:
