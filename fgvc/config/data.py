@@ -285,7 +285,7 @@ class HfData(Source):
     def _one_file(cls, tree: Any) -> Any:
         """A .parquet file as its folder and its name."""
         root = Path(str(tree["root"])) if isinstance(tree, Mapping) and "root" in tree else None
-        if root is None or root.suffix != ".parquet" or tree.get("files") is not None:
+        if root is None or root.suffix.lower() != ".parquet" or tree.get("files") is not None:
             return tree
         return {**tree, "root": str(root.parent), "files": root.name}
 
@@ -301,7 +301,7 @@ class AutoData(Source):
     kind: Literal["auto"] = Field(
         "auto", description="auto: found out, and recorded; else folder, cub, csv, torchvision or hf, with keys of their own"
     )
-    root: Path = Field(description="folder of the set, or its table (.csv or .tsv)")
+    root: Path = Field(description="folder of the set, or its table (.csv, .tsv or .parquet)")
     test_fraction: float | None = Field(
         None,
         ge=0,

@@ -34,10 +34,9 @@ class Opened(NamedTuple):
 
 def open_recipe(source: Path | str, overrides: Iterable[str] = ()) -> Opened:
     """Read a recipe by its file or id, or DEFAULT for images alone, a folder or a table. Raises FgvcError as `load_recipe`."""
-    if (images := _images(source)) is not None:
+    if (images := images_at(source)) is not None:
         path = recipe_file(DEFAULT)
-        kind = ["data.kind=hf"] * (images.suffix.lower() == ".parquet")
-        recipe = load_recipe(path, [f"data.root={json.dumps(str(images))}", *kind, *overrides])
+        recipe = load_recipe(path, [f"data.root={json.dumps(str(images))}", f"data.kind={kind_at(images)}", *overrides])
         return Opened(recipe, run_name(source), path, images)
     path = recipe_file(str(source))
     return Opened(load_recipe(path, overrides), run_name(source), path, None)
@@ -45,14 +44,20 @@ def open_recipe(source: Path | str, overrides: Iterable[str] = ()) -> Opened:
 
 def run_name(source: Path | str) -> str:
     """The default name of the runs of what `open_recipe` reads."""
-    images = _images(source)
+    images = images_at(source)
     return recipe_name(recipe_file(str(source))) if images is None else re.sub(r"[^\w.+-]+", "-", images.resolve().stem) or "run"
 
 
-def _images(source: Path | str) -> Path | None:
+def images_at(source: Path | str) -> Path | None:
     """The place of images that was given in the place of a recipe; None: it is a recipe's file or id."""
     place = Path(source).expanduser()
     return place if str(source) not in ("", *recipes()) and is_data(place) else None
+
+
+def kind_at(images: Path) -> str:
+    """The `data.kind` of images that were given in the place of a recipe: hf of a .parquet file, so that the names of its columns
+    can be given, else auto."""
+    return "hf" if images.suffix.lower() == ".parquet" else "auto"
 
 
 def load_recipe(path: Path | str, overrides: Iterable[str] = ()) -> Recipe:

@@ -20,6 +20,7 @@ from fgvc.errors import FgvcError, NoUnseenImagesError
 from fgvc.evaluation.compared import Images
 from fgvc.evaluation.side import Classifier
 from fgvc.io.names import some
+from fgvc.io.places import TABLES
 from fgvc.runs.folder import is_run, read_run
 from fgvc.runs.images import descends_from_file, file_names, first_index, read_index, recorded_images
 from fgvc.runs.loaded import Answers, LoadedRun
@@ -108,7 +109,7 @@ def _source(data: str | None, sides: Sequence[Classifier], seen: Seen | None) ->
             name=data, index=recorded.index, rows_of=recorded.rows, workers=recipe.train.workers, learned=learned,
             seen=recipe.deploy.seen,
         )  # fmt: skip
-    if place.is_dir() or place.suffix.lower() in (".csv", ".tsv"):
+    if place.is_dir() or place.suffix.lower() in TABLES:
         index = read_folder(place)
         return _Source(name=data, index=index, rows_of=index.rows)
     recipe = load_recipe(recipe_file(data))

@@ -18,7 +18,7 @@ from fgvc.config.loading import override, validate
 from fgvc.config.recipe import Recipe
 from fgvc.config.shipped import recipe_file
 from fgvc.data.index import ImageIndex
-from fgvc.data.recipe import load_recipe, resolve_data
+from fgvc.data.recipe import images_at, kind_at, load_recipe, resolve_data
 from fgvc.data.splits import sampled
 from fgvc.errors import FgvcError
 from fgvc.evaluation.features import Features, embed_rows
@@ -110,7 +110,7 @@ def probe(
 ) -> ProbeResults:
     """Judge nets by logistic regression on their frozen features, cross-validated within the images to learn from.
 
-    `data`: a folder or a table (`data.kind: auto`), a recipe or its id. `starts`: nets, see `fgvc.studies.candidate.WRITE`,
+    `data`: a folder or a table, a recipe or its id. `starts`: nets, see `fgvc.studies.candidate.WRITE`,
     beside the recipe's own; `sizes` (height, width): by default the recipe's, or each net's own; `crops`: shares of the resized
     image that the evaluation crop keeps, by default the net's own and 1. `images`: most that are looked at; of more a stratified
     sample is drawn, of each class LEAST or all that it has.
@@ -188,10 +188,9 @@ def _curve(candidate: Candidate, features: Features, data: Data, strength: float
 
 def _read_data(data: str, overrides: Sequence[str], images: int) -> Data:
     """Read the images of a folder, a table or a recipe. Raises FgvcError where there are none."""
-    place = Path(data).expanduser()
     path = None
-    if place.is_dir() or place.suffix.lower() in (".csv", ".tsv"):
-        tree: dict[str, Any] = {"data": {"kind": "auto", "root": data}, "model": {"backbone": "resnet18"}}
+    if (place := images_at(data)) is not None:
+        tree: dict[str, Any] = {"data": {"kind": kind_at(place), "root": data}, "model": {"backbone": "resnet18"}}
         for text in overrides:
             override(tree, text)
         recipe = resolve_data(validate(Recipe, tree, where=data, overrides=overrides))

@@ -15,17 +15,18 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from fgvc import api
-from fgvc.config.data import FolderData, HfData
+from fgvc.config.data import AutoData, FolderData, HfData
 from fgvc.config.images import Preprocess
 from fgvc.config.loading import validate
 from fgvc.config.recipe import Recipe
 from fgvc.data.augment import Augmenter
+from fgvc.data.beside import read_folder
 from fgvc.data.cache import DecodeCache
 from fgvc.data.index import decode_row
 from fgvc.data.loader import train_loader
 from fgvc.data.quality import checks
 from fgvc.data.sources import huggingface
-from fgvc.data.sources.read import read_source
+from fgvc.data.sources.read import read_source, resolved
 from fgvc.errors import FgvcError, ImageError
 from fgvc.training import trainer
 
@@ -70,6 +71,18 @@ def test_a_saved_set_has_its_images_splits_and_class_order(saved: Path, colours:
             assert index.classes[index.labels[row]] == folder.classes[folder.labels[file]]
             np.testing.assert_array_equal(np.asarray(decode_row(index, row)), np.asarray(decode_row(folder, file)))
     assert str(index.path(0)).endswith("saved/train/0")
+
+
+def test_a_parquet_file_is_found_out_as_a_table_is(colours: Path, tmp_path: Path) -> None:
+    labels, contents = columns(colours, "train")
+    table(labels, contents).to_parquet(str(tmp_path / "all.parquet"))
+    file = tmp_path / "all.parquet"
+    assert resolved(AutoData(root=file, val_fraction=0.3)) == HfData(root=file, val_fraction=0.3)
+    index = read_folder(file)
+    assert [index.classes[label] for label in index.labels] == labels
+    assert not index.given_splits
+    with pytest.raises(FgvcError, match=r"data\.group_size: .*data\.group_column"):
+        resolved(AutoData(root=file, group_size=4))
 
 
 def test_parquet_files_of_the_library_and_of_others(colours: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from fgvc.config.data import AutoData, CsvData, CubData, FolderData, Source
+from fgvc.config.data import AutoData, CsvData, CubData, FolderData, HfData, Source
 from fgvc.data.sources.columns import split_named
 from fgvc.data.sources.folder import tables_in
 from fgvc.data.sources.table import encoding_of
@@ -41,13 +41,15 @@ TRIED = 20  # rows of a table whose files are looked for
 FOLDERS = 1000  # looked into at most for a first image
 
 
-def resolved(data: AutoData) -> CubData | FolderData | CsvData:
+def resolved(data: AutoData) -> CubData | FolderData | CsvData | HfData:
     """The settings of the kind that the files are of. Only names and the table are read. Raises FgvcError if no kind fits, or
     several do."""
     root = data.root.expanduser()
     if root.is_file():
+        if root.suffix.lower() == ".parquet":
+            return _parquet(data, root)
         if not root.name.lower().endswith((".csv", ".tsv")):
-            raise FgvcError(f"{root}: data.root is a file, and no table (.csv or .tsv); name the set's folder")
+            raise FgvcError(f"{root}: data.root is a file, and no table (.csv, .tsv or .parquet); name the set's folder")
         return _table(data, root.parent, _Table.of(root, root.parent))
     root = data.folder()
     if not is_data(root):
@@ -137,6 +139,12 @@ def _table(data: AutoData, root: Path, table: _Table) -> CsvData:
         **columns,
         **_settings(data, *_some_kinds_settings(data)),
     )
+
+
+def _parquet(data: AutoData, file: Path) -> HfData:
+    if data.group_size is not None:
+        raise FgvcError(f"data.group_size: {file} has the groups in a column; set data.kind=hf and data.group_column")
+    return HfData(root=file, **_settings(data, *_some_kinds_settings(data)))
 
 
 def _settings(data: AutoData, *more: str) -> dict[str, Any]:
