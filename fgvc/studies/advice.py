@@ -6,17 +6,20 @@ import math
 import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from fgvc.config.models import Model
 from fgvc.config.shipped import recipes
+from fgvc.data.recipe import kind_at
 from fgvc.evaluation.learning_curve import FOLDS, SHARES, Share
 from fgvc.studies.probe import ProbeResults, Result, Size
 
 RECIPES = ("any/good", "any/plain", "cub50/plain")  # for a folder or a table: the first that there is
 CEILING = 0.99
+TAUGHT = {"temperature": 2, "kd": 4}  # with which every teacher in docs/results.md was measured
 SAME_MACS, SAME_SECONDS = 1.05, 1.25  # times the deployed net's cost that count as no more
 
 
@@ -43,18 +46,17 @@ class Advice:
 
     @property
     def teacher_line(self) -> str:
-        """Line for the recipe's techniques section; empty without a teacher."""
+        """Line for the recipe's techniques section, distillation as it was measured; empty without a teacher."""
         if self.teacher is None or (model := self.teacher.candidate.model) is None:
             return ""
-        settings: dict[str, Any] = {
-            "kind": "probe",
-            "backbone": model.backbone,
-            "weights": model.weights,
-            "size": _size_setting(self.teacher),
-        }
+        net: dict[str, Any] = {"backbone": model.backbone, "weights": model.weights}
+        if model.onnx is not None:
+            net = {"onnx": str(model.onnx)}
+        settings = {"kind": "probe", **net, "size": _size_setting(self.teacher)}
         if model.kwargs:
             settings["kwargs"] = dict(model.kwargs)
-        return f"distill.teachers: [{_flow(settings)}]"
+        remark = "  # by the file's own weights, not the run's" * (model.onnx is not None and model.weights != "deployed")
+        return f"distill: {_flow({'teachers': [settings], **TAUGHT})}{remark}"
 
 
 def advise(probed: ProbeResults) -> Advice:
@@ -167,7 +169,7 @@ def _command(probed: ProbeResults, best: Result) -> str:
     if data.path is None:
         available = recipes()
         recipe = next(name for name in RECIPES if name in available)
-        settings = {"data.kind": "auto", "data.root": data.source}
+        settings = {"data.kind": kind_at(Path(data.source)), "data.root": data.source}
     else:
         recipe, settings = data.source, {}
     now, overridden = data.recipe, {text.partition("=")[0] for text in data.overrides}

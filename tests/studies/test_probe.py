@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from fgvc import api
 from fgvc.cli.app import main
 from fgvc.config.images import Deploy
+from fgvc.config.models import Model
 from fgvc.config.shipped import recipe_file
 from fgvc.data.recipe import load_recipe
 from fgvc.data.splits import fold_numbers
@@ -28,6 +29,7 @@ from fgvc.models.backbone import plain_model
 from fgvc.models.probe import fit_probe
 from fgvc.studies.advice import Advice, advise, summary
 from fgvc.studies.candidate import open_candidate
+from fgvc.techniques.distill.settings import DistillSettings, ProbeTeacher
 from fgvc.training import trainer
 
 FAST = ("train.workers=0", "train.device=cpu")
@@ -233,8 +235,7 @@ def test_a_folder_and_the_command_to_go_on(
     larger = [one for one in probe.results if one.size == (48, 48)]
     if advice.teacher is not None:
         assert advice.teacher.accuracy == max(one.accuracy for one in larger) > advice.best.accuracy
-        line = yaml.safe_load(advice.teacher_line)["distill.teachers"]
-        assert line == [
+        assert yaml.safe_load(advice.teacher_line)["distill"]["teachers"] == [
             {"kind": "probe", "backbone": "test_resnet", "weights": advice.teacher.candidate.model.weights, "size": 48}
         ]  # type: ignore[union-attr]
     else:
@@ -278,12 +279,52 @@ def test_the_best_that_costs_no_more_is_chosen_and_a_larger_one_teaches(
     assert advice.teacher is not None
     assert advice.teacher.candidate.name == "test_resnet (b)"
     assert {one.what: one.limiting for one in advice.limits} == {"images": False, "resolution": True, "start": True}
+    taught = settings_of(advice.teacher_line)
+    assert (taught.temperature, taught.kd, taught.teachers[0].weights) == (2, 4, starts[1]), "as docs/results.md has it"
     advice = advice_on(a32=30, b32=40, b48=35)
     assert advice.best.candidate.name == "test_resnet (b)"
     assert (advice.teacher, advice.larger) == (None, True)
     assert "b.safetensors" in advice.command
     assert advice_on(a32=30, b32_=60, b48_=60).best.accuracy == 0.5
     assert advice_on(a32=60).limits[-1].what == "ceiling"
+
+
+def settings_of(teacher_line: str) -> DistillSettings:
+    return DistillSettings.model_validate(yaml.safe_load(teacher_line)["distill"])
+
+
+@pytest.mark.parametrize("weights_of", ["deployed", "runs/x/ckpt/last/net.safetensors"])
+def test_a_file_s_net_teaches_as_a_file(
+    shades: Path, weights: Callable[..., Path], tmp_path: Path, weights_of: str
+) -> None:
+    probe = api.probe(str(shades), FAST, starts=[str(weights())], sizes=[(32, 32)], crops=[1.0])
+    of_file = replace(probe.results[0].candidate, model=Model(onnx=tmp_path / "m.onnx", weights=weights_of))
+    advice = replace(advise(probe), teacher=replace(probe.results[0], candidate=of_file))
+    (teacher,) = settings_of(advice.teacher_line).teachers
+    assert isinstance(teacher, ProbeTeacher)
+    assert (teacher.onnx, teacher.backbone, teacher.size) == (tmp_path / "m.onnx", None, (32, 32))
+    assert ("not the run's" in advice.teacher_line) == (weights_of != "deployed")
+
+
+def test_a_parquet_file_is_a_set_of_images(shades: Path, weights: Callable[..., Path], tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    files = sorted(shades.glob("train/*/*"))
+    images = [{"bytes": file.read_bytes(), "path": None} for file in files]
+    table = pa.table({"image": images, "label": [file.parent.name for file in files]})
+    pa.parquet.write_table(table, tmp_path / "shades.parquet")
+    options = [*FAST, "data.test_fraction=0"]
+    probe = api.probe(str(tmp_path / "shades.parquet"), options, starts=[str(weights())], sizes=[(32, 32)], crops=[1.0])
+    assert len(probe.data.rows) == len(files)
+    _, _, name, *overrides = shlex.split(advise(probe).command)
+    assert load_recipe(recipe_file(name), overrides).data == probe.data.recipe.data
+
+
+def test_a_run_is_no_set_of_images(trained: tuple[Path, Path]) -> None:
+    with pytest.raises(FgvcError, match="is no recipe; it is a run of fgvc"):
+        api.probe(str(trained[0]))
 
 
 def test_results_as_json(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
