@@ -39,7 +39,7 @@ class Floor:
     probe: Probe
     predictions: Predictions  # N: for validation, or for each training image by the fold that did not learn from it
     labels: NDArray[np.int64]  # (N,)
-    folds: int | None  # None: there is a validation split; 0: no image could score it, the net has seen all of these
+    folds: int | None  # None: there is a validation split; 0: no image may score it, the net has seen all of these
 
     @property
     def top1(self) -> float | None:
@@ -63,7 +63,10 @@ class Floor:
 
     def __str__(self) -> str:
         if self.top1 is None:
-            return f"floor: {self.fit}, not scored: no image that the deployed file has not seen could choose"
+            reason = "no image that the deployed file has not seen could choose"
+            if self.folds:
+                reason = "no class has a second image, or group of images, to hold out"
+            return f"floor: {self.fit}, not scored: {reason}"
         of = "validation" if self.folds is None else f"training images, in {self.folds} folds"
         return f"floor: {100 * self.top1:.2f} % of {len(self.labels)} {of}: {self.fit}"
 

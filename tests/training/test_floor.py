@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -160,6 +161,18 @@ def test_images_of_one_group_are_held_out_together_where_the_penalty_is_chosen(
     fit = fitted(recipe(pretrained, data=pretrained["data"] | data), features, monkeypatch)
     assert fit.held_out_loss is not None
     assert fit.held_out_loss > 0.9 * np.log(3)
+
+
+def test_one_image_a_class_leaves_none_to_score_it(tmp_path: Path, pretrained: dict, colours: Path, capfd) -> None:  # noqa: F811
+    for place in sorted((colours / "train").iterdir()):
+        (tmp_path / "one" / place.name).mkdir(parents=True)
+        shutil.copy(place / "00.png", tmp_path / "one" / place.name)
+    data = {"kind": "folder", "root": str(tmp_path / "one"), "val_fraction": 0, "test_fraction": 0}
+    one = recipe(pretrained | {"data": data}, train={"max_steps": 1, "batch_size": 2})
+    trainer.train(one, tmp_path / "run")
+    said = capfd.readouterr().err
+    assert "not scored: no class has a second image" in said
+    assert "deployed file" not in said
 
 
 def test_random_weights_and_nets_without_a_linear_head_have_none(tmp_path: Path, recipe_tree: dict) -> None:
