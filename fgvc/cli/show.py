@@ -213,6 +213,8 @@ def interpolation(result: Interpolation) -> None:
     else:
         why = "given; not scored"
     console.print(f"share {result.share:g} ({why})", markup=False, soft_wrap=True)
+    if result.doubt is not None:
+        console.print(f"warning: {result.doubt}", markup=False, soft_wrap=True)
     for error in result.unreadable:
         console.print(f"skipped: {error}", markup=False, soft_wrap=True)
     command = shlex.join(["fgvc", "export", str(result.out), "-o", f"{result.out}-bundle"])

@@ -19,6 +19,7 @@ from fgvc import __version__
 from fgvc.config.recipe import Selected
 from fgvc.config.training import Log
 from fgvc.data.loader import EvaluationBatch, evaluation_loader
+from fgvc.data.unseen import FEWEST_TO_CHOOSE
 from fgvc.errors import FgvcError, NoNumbersError
 from fgvc.evaluation import metrics
 from fgvc.evaluation.sample import Sample
@@ -54,6 +55,15 @@ class Interpolation(Display):
     scores: Mapping[float, metrics.Scores | None]  # of each share on validation, None: no numbers; empty: the share was given
     right: Mapping[float, NDArray[np.bool_]]  # of each share: whether each readable validation image (N,) is named rightly
     unreadable: tuple[str, ...]  # of the validation images
+
+    @property
+    def doubt(self) -> str | None:
+        """A warning where few images chose the share."""
+        images = next((scores.images for scores in self.scores.values() if scores is not None), FEWEST_TO_CHOOSE)
+        if images >= FEWEST_TO_CHOOSE:
+            return None
+        few = f"{images} images, fewer than {FEWEST_TO_CHOOSE}"
+        return f"the best of {len(self.scores)} by {few}, is partly luck; --share fixes one"
 
     @property
     def facts(self) -> Mapping[str, object]:

@@ -214,6 +214,17 @@ def test_a_start_without_a_trained_head_is_refused(tree: dict, tmp_path: Path, h
     refused(run, tmp_path / "out", rf"head without training \(model\.head: {head}\).*Train with model\.head=probe")
 
 
+def test_few_images_that_choose_the_share_are_said(
+    ema_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for fewest, warned in ((13, 1), (12, 0)):  # there are 12
+        monkeypatch.setattr("fgvc.training.interpolate.FEWEST_TO_CHOOSE", fewest)
+        with pytest.raises(SystemExit) as ended:
+            main(["interpolate", str(ema_run), "-o", str(tmp_path / str(fewest))])
+        assert not ended.value.code
+        assert capsys.readouterr().out.count("warning: the best of 11 by 12 images") == warned
+
+
 def test_without_validation_the_share_is_asked_for(
     tree: dict, tmp_path: Path, colours: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -230,7 +241,9 @@ def test_without_validation_the_share_is_asked_for(
     with pytest.raises(SystemExit) as ended:
         main(["interpolate", str(run), "-o", str(tmp_path / "out"), "--share", "0.5"])
     assert not ended.value.code
-    assert "share 0.5 (given; not scored)" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "share 0.5 (given; not scored)" in output
+    assert "luck" not in output
 
 
 def test_what_can_not_be_written_or_read_is_refused_and_nothing_is_written(ema_run: Path, tmp_path: Path) -> None:
