@@ -251,6 +251,24 @@ def test_predict_says_what_it_leaves_out(tmp_path, capsys):
         list(expand([tmp_path / "none"]))
 
 
+def test_a_fold_without_images_is_refused(tmp_path):
+    touch(tmp_path / "set", *(f"{name}/{number}.png" for name in "ab" for number in range(6)))
+    touch(tmp_path / "single", "a/1.png", "b/1.png")
+
+    def validation(fold, root="set", **settings):
+        index = read_source(FolderData(root=tmp_path / root, test_fraction=0, fold=fold, **settings))
+        return len(index.rows("val"))
+
+    assert sum(validation((fold, 5)) for fold in range(5)) == 12
+    assert [validation((fold, 20)) for fold in range(12)] == [1] * 12
+    with pytest.raises(FgvcError, match=r"data\.fold: fold 12 has no images, 12 of 20 folds have some \(0, 1, .* of images;"):
+        validation((12, 20))
+    with pytest.raises(FgvcError, match=r"data\.fold: fold 4 has no images, 4 of 5 folds .*\(0, 1, 2, 3\), for want of groups"):
+        validation((4, 5), group_size=3)
+    with pytest.raises(FgvcError, match=r"data\.fold: fold 0 has no images, nor has any other, .*leave it out"):
+        validation((0, 5), root="single")
+
+
 def test_photographs_in_a_row_are_groups_that_nothing_divides(tmp_path):
     """Numbered without zeros, in two folders of a class, with gaps; some classes end in a group that is not full."""
     numbers = {"a": [*range(1, 22), 100, 101], "b": [*range(8, 40)], "c": [7, 3, 11, 2]}
