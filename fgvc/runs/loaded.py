@@ -95,7 +95,8 @@ class LoadedRun(Display):
 
     @contextmanager
     def on_device(self, device: str | None = None) -> Iterator[tuple[torch.device, torch.memory_format]]:
-        """Move the net to the device that it was trained on, or to `device`, in its memory format, for as long as this lasts."""
+        """Move the net to the device that it was trained on, or to `device`, in its memory format. It stays there afterwards;
+        only the process group ends with the context."""
         train = self.recipe.train if device is None else self.recipe.train.model_copy(update={"device": device})
         with process_group(train) as process:
             layout = memory_format(self.step.net)
