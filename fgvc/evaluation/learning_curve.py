@@ -117,7 +117,8 @@ def learning_curve(
             probe = fit_probe(vectors[learned], labels[learned], classes=classes, groups=inner, seed=seed, **options)
             strength = probe.strength
             right[at, fold.held_out] = probe.logits(vectors[fold.held_out]).argmax(1) == labels[fold.held_out]
-    assert strength is not None
+    if strength is None:  # such as where the images of all other classes can't be read
+        raise FgvcError("no fold has images of two classes to learn from, of those that can be read")
     return Curve(right, held_out, strength, codes)
 
 

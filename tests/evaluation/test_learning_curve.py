@@ -50,6 +50,12 @@ def test_an_image_alone_in_its_class_is_learned_and_never_judged() -> None:
         make_folds(np.arange(6), None, seed=0)
 
 
+def test_images_of_one_class_alone_are_refused() -> None:
+    x, y = blobs(classes=1)
+    with pytest.raises(FgvcError, match="images of two classes to learn from"):
+        learning_curve(x, y, make_folds(y, None, seed=0))
+
+
 def test_equals_a_loop_by_hand() -> None:
     x, y = blobs()
     folds = make_folds(y, None, seed=0)
