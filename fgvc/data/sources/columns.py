@@ -157,10 +157,10 @@ def _with_fold(
     rows = np.flatnonzero((splits == val) | (splits == train))
     numbers = fold_numbers(labels[rows], folds=fold[1], seed=seed, groups=None if groups is None else groups[rows])
     if not (numbers == fold[0]).any():
-        filled = np.unique(numbers[numbers >= 0])
+        filled = np.unique(numbers[numbers >= 0]).tolist()
         kind = "images" if groups is None else "groups of images"
-        have = f"{len(filled)} of {fold[1]} folds have some ({some(filled)})" if len(filled) else "nor has any other"
-        way = "name one of these, or fewer folds" if len(filled) else "leave it out: each class keeps its only one to learn from"
+        have = f"{len(filled)} of {fold[1]} folds have some ({some(filled)})" if filled else "nor has any other"
+        way = "name one of these, or fewer folds" if filled else "leave it out: each class keeps its only one to learn from"
         raise FgvcError(f"data.fold: fold {fold[0]} has no images, {have}, for want of {kind}; {way}")
     folded = splits.copy()
     folded[rows] = np.where(numbers == fold[0], val, train)
