@@ -148,7 +148,8 @@ Techniques = create_model("Techniques", __base__=_Recorded, __doc__="Technique -
 
 
 def enabled_techniques(techniques: Section) -> dict[str, TechniqueSettings]:
-    """Settings of the techniques that a recipe enables, by kind, in the order of the hooks."""
+    """Return the settings of the techniques that a recipe enables, by kind, in the order of the hooks. Raises FgvcError where
+    `requires` of one is no Requires."""
     fields = type(techniques).model_fields
     enabled = {kind: settings for kind in fields if (settings := getattr(techniques, kind)) is not None}
     for kind, settings in enabled.items():

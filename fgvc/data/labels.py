@@ -29,6 +29,11 @@ def reordered(index: ImageIndex, path: Path) -> ImageIndex:
             f"deploy.labels: {path} does not list the data's classes: "
             f"{len(missing)} missing ({', '.join(missing[:5])}), {len(unknown)} unknown ({', '.join(unknown[:5])})"
         )
+    return _renumbered(index, names)
+
+
+def _renumbered(index: ImageIndex, names: tuple[str, ...]) -> ImageIndex:
+    """The index with its classes numbered as they are in `names`, where all of them are."""
     position = {name: number for number, name in enumerate(names)}
     order = np.array([position[name] for name in index.classes], dtype=np.int32)
     return replace(index, classes=names, labels=order[index.labels])
@@ -64,11 +69,9 @@ def as_in_file(index: ImageIndex, labels: Labels) -> ImageIndex:
             f"{len(labels.names)}, by {labels.source}: {some(labels.names, 3)}. Rename them, leave them out, or give the right "
             "names in deploy.labels. (model.classes=change makes a new last layer for other classes: no drop-in)"
         )
-    position = {name: number for number, name in enumerate(labels.names)}
-    order = np.array([position[name] for name in index.classes], dtype=np.int32)
     absent = len(labels.names) - len(index.classes)
     remark = f"; {absent} of the file's {len(labels.names)} classes have no images" if absent else ""
-    return replace(index, classes=labels.names, labels=order[index.labels], recognised=index.recognised + remark)
+    return replace(_renumbered(index, labels.names), recognised=index.recognised + remark)
 
 
 def first_classes(index: ImageIndex, count: int) -> ImageIndex:

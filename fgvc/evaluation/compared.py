@@ -15,7 +15,7 @@ from fgvc.data.index import ImageIndex
 from fgvc.errors import FgvcError
 from fgvc.evaluation.calibration import MAX_LOGITS, confidence_of
 from fgvc.evaluation.paired import Paired, compare_predictions
-from fgvc.evaluation.side import Classifier
+from fgvc.evaluation.side import Side
 from fgvc.evaluation.stack_threshold import Accepted, accepted
 from fgvc.images.preprocess import differences
 from fgvc.io.display import Display
@@ -45,13 +45,13 @@ class Images:
 class PairedAnswers(Display):
     """Answers of both sides on the N images that could be read."""
 
-    a: Classifier
-    b: Classifier
+    a: Side
+    b: Side
     split: str
     classes: tuple[str, ...]  # A's order, in all numbers here
     paths: tuple[Path, ...]  # (N,)
     predicted: NDArray[np.int64]  # (2,N) classes
-    confidence: NDArray[np.float64]  # (2,N); by each side's temperature, see `Classifier.calibrated`
+    confidence: NDArray[np.float64]  # (2,N); by each side's temperature, see `Side.calibrated`
     stack_confidence: NDArray[np.float64]  # (2,N) by the files' own outputs, as a stack sees it
     paired: Paired
     unreadable: tuple[str, ...]
@@ -126,7 +126,7 @@ class PairedAnswers(Display):
         return {"": self.a.path, "to": self.b.path, "gain": gain, **flips}
 
 
-def collect_answers(a: Classifier, b: Classifier, images: Images) -> PairedAnswers:
+def collect_answers(a: Side, b: Side, images: Images) -> PairedAnswers:
     """Collect the answers of both sides on the same images, without those that can't be read. Raises FgvcError where a
     side gives logits that are no numbers."""
     order = {name: k for k, name in enumerate(a.classes)}
@@ -177,11 +177,11 @@ def collect_answers(a: Classifier, b: Classifier, images: Images) -> PairedAnswe
     )
 
 
-def _differences(a: Classifier, b: Classifier) -> tuple[str, ...]:
+def _differences(a: Side, b: Side) -> tuple[str, ...]:
     return (*differences(_as_fed(a), _as_fed(b)), *label_differences(a.classes, b.classes))
 
 
-def _as_fed(side: Classifier) -> Preprocess:
+def _as_fed(side: Side) -> Preprocess:
     """Its preprocessing, with what its file says of its ends where there is a file."""
     assert side.preprocess is not None
     if side.session is None:
@@ -189,7 +189,7 @@ def _as_fed(side: Classifier) -> Preprocess:
     return side.preprocess.model_copy(update={"network": side.session.file.record})
 
 
-def _refuse_no_numbers(side: Classifier, answers: Answers, index: ImageIndex) -> None:
+def _refuse_no_numbers(side: Side, answers: Answers, index: ImageIndex) -> None:
     wrong = answers.rows[~np.isfinite(answers.logits).all(1)]
     if len(wrong):
         raise FgvcError(
@@ -198,7 +198,7 @@ def _refuse_no_numbers(side: Classifier, answers: Answers, index: ImageIndex) ->
         )
 
 
-def _overlap_warning(side: Classifier, images: Images) -> str:
+def _overlap_warning(side: Side, images: Images) -> str:
     """A warning where a run was trained on some of these images."""
     if side.run is None:
         return ""

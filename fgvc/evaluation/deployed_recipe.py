@@ -20,7 +20,7 @@ from fgvc.errors import FgvcError, NoUnseenImagesError, UndecidedError
 from fgvc.evaluation.file_preprocessing import FileSearch
 from fgvc.evaluation.file_stack import OtherOrderError, file_stack
 from fgvc.evaluation.judging import evidence
-from fgvc.evaluation.side import Classifier
+from fgvc.evaluation.side import Side
 from fgvc.io.names import few
 from fgvc.runtime.bundle import bundle_with_judge, read_preprocess
 from fgvc.runtime.labels import labels_of
@@ -95,4 +95,4 @@ def _evidence(file: Path, spec: Preprocess, classes: tuple[str, ...], search: Fi
     if search is not None:
         return seen_words(search.search.best.accuracy, search.search.best.loss)
     session = Stack(path=file, preprocess=spec, labels=classes).session()
-    return evidence(Classifier(path=file, kind="onnx", classes=classes, preprocess=spec, session=session), index)
+    return evidence(Side(path=file, kind="onnx", classes=classes, preprocess=spec, session=session), index)

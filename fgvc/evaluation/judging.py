@@ -18,7 +18,7 @@ from fgvc.data.recipe import load_recipe
 from fgvc.data.unseen import OPTIONS, Pool, Seen, all_seen, seen_words, unseen_pool
 from fgvc.errors import FgvcError, NoUnseenImagesError
 from fgvc.evaluation.compared import Images
-from fgvc.evaluation.side import Classifier
+from fgvc.evaluation.side import Side
 from fgvc.io.names import some
 from fgvc.io.places import TABLES
 from fgvc.runs.folder import is_run, read_run
@@ -51,7 +51,7 @@ class _Source:
 
 def select_images(
     data: str | None,
-    sides: Sequence[Classifier],
+    sides: Sequence[Side],
     split: Split | None = None,
     *,
     seen: Seen | None = None,
@@ -90,12 +90,12 @@ def select_images(
     return images if max_pixels is None else replace(images, index=replace(images.index, max_pixels=max_pixels))
 
 
-def _advice(sides: Sequence[Classifier]) -> str:
+def _advice(sides: Sequence[Side]) -> str:
     bundle = next((side for side in sides if side.judge is not None), None)
     return "a folder of class folders or a recipe" if bundle is None else f"the set of the run that {bundle.path} is of"
 
 
-def _source(data: str | None, sides: Sequence[Classifier], seen: Seen | None) -> _Source | None:
+def _source(data: str | None, sides: Sequence[Side], seen: Seen | None) -> _Source | None:
     """The set that `data` names, or that of the first run; None: none is named."""
     run = next((side.run for side in sides if side.run is not None), None)
     if data is None:
@@ -128,7 +128,7 @@ def _of_run(run: LoadedRun) -> _Source:
     )  # fmt: skip
 
 
-def _of_split(source: _Source, split: Split | None, deployed: Sequence[Classifier]) -> Images:
+def _of_split(source: _Source, split: Split | None, deployed: Sequence[Side]) -> Images:
     index = source.index
     if split is None and source.undivided:
         return Images(index=index, rows=np.arange(len(index)), split="all", workers=source.workers)
@@ -157,7 +157,7 @@ def _of_folder(source: _Source | None, folder: Path) -> Images:
     return Images(index=index, rows=_all_of(pool), split="test", workers=source.workers, unseen=pool.named())
 
 
-def _recorded(source: _Source, sides: Sequence[Classifier]) -> Images | None:
+def _recorded(source: _Source, sides: Sequence[Side]) -> Images | None:
     """The images of the source's set that judge by the record of a run or bundle, of those of both sides where both have one, or
     by that of the source; None: no record is of this set."""
     root = source.index.root.resolve()
@@ -185,7 +185,7 @@ def _recorded(source: _Source, sides: Sequence[Classifier]) -> Images | None:
     return replace(images, workers=source.workers, set_aside=str(owner))
 
 
-def _of_bundle(side: Classifier, index: ImageIndex) -> Images | None:
+def _of_bundle(side: Side, index: ImageIndex) -> Images | None:
     """The images that judge a bundle by its record, below the root of a set; None where none of them is there."""
     assert side.judge is not None
     recorded: dict[str, str] = dict(side.judge["images"])
@@ -205,7 +205,7 @@ def _of_bundle(side: Classifier, index: ImageIndex) -> Images | None:
     return Images(index=own, rows=np.arange(len(own)), split="test", unseen=side.judge["unseen"], notes=notes)
 
 
-def _by_rule(source: _Source, seen: Seen, deployed: Classifier) -> Images:
+def _by_rule(source: _Source, seen: Seen, deployed: Side) -> Images:
     """The images of a set that a deployed file has not seen, and from which neither side has learned."""
     index = source.index
     if seen == "train" and not index.given_splits:
@@ -228,7 +228,7 @@ def _all_of(pool: Pool) -> NDArray[np.int64]:
     return np.union1d(pool.rows, pool.unreadable)
 
 
-def evidence(side: Classifier, index: ImageIndex) -> str:
+def evidence(side: Side, index: ImageIndex) -> str:
     """How well a deployed file names images of a set, up to SAMPLE of all classes, in words; empty: none could be asked about."""
     if not set(index.classes) <= set(side.classes) or not len(index):
         return ""

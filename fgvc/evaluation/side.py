@@ -30,7 +30,7 @@ from fgvc.runtime.stack import stack_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
-class Classifier(Display):
+class Side(Display):
     """One side of a comparison: a classifier with its classes, preprocessing and calibration."""
 
     path: Path
@@ -67,7 +67,7 @@ def open_sides(
     preprocess: Path | Sequence[Path] | None = None,
     certain: bool = False,
     root: Path | None = None,
-) -> tuple[Classifier, Classifier]:
+) -> tuple[Side, Side]:
     """Open both. `labels` and `preprocess` are for .onnx files that have no labels.json or preprocess.json beside them: one file
     is for whichever has none, two are A's and B's. Without a preprocessing such a file is assumed to see images as the other
     side does, at its own size; unless it is to be `certain`. `root`: where the set of the first run lies now, and that of the
@@ -144,7 +144,7 @@ def _roots(paths: Sequence[Path], root: Path | None) -> list[Path | None]:
     return [root if place == first else None for place in data_roots]
 
 
-def _open(path: Path, root: Path | None, *, labels: Path | None = None, preprocess: Path | None = None) -> Classifier:
+def _open(path: Path, root: Path | None, *, labels: Path | None = None, preprocess: Path | None = None) -> Side:
     if path.is_file():
         stack = stack_of(path, labels=labels, preprocess=preprocess)
         if stack.labels is None:
@@ -155,19 +155,19 @@ def _open(path: Path, root: Path | None, *, labels: Path | None = None, preproce
             doubts = other_units(spec, NATURAL, "that of photographs")
         notes = tuple(f"{path}: {doubt}" for doubt in doubts)
         judge = None if (folder := bundle_with_judge(path)) is None else read_judge(folder, stack.labels)
-        return Classifier(
+        return Side(
             path=path, kind="onnx", classes=stack.labels, preprocess=spec, notes=notes, session=stack.session(), deployed=True,
             judge=judge,
         )  # fmt: skip
     if is_run(path):
         run = load_run(path, root=root)
         descends = descends_from_file(run.recipe)
-        side = Classifier(
+        side = Side(
             path=path, kind="run", classes=run.classes, preprocess=run.preprocess, run=run, deployed=descends
         )
         return _calibrated(side, calibration(run).calibration)
     bundle = load_bundle(path)
-    side = Classifier(
+    side = Side(
         path=path,
         kind="bundle",
         classes=bundle.labels,
@@ -179,7 +179,7 @@ def _open(path: Path, root: Path | None, *, labels: Path | None = None, preproce
     return _calibrated(side, bundle.calibration)
 
 
-def _calibrated(side: Classifier, fitted: Calibration | None) -> Classifier:
+def _calibrated(side: Side, fitted: Calibration | None) -> Side:
     if fitted is None:
         return side
     return replace(side, temperature=fitted.temperature, threshold=fitted.threshold, calibrated=fitted.calibrated)
@@ -190,7 +190,7 @@ def _takes_raw_pixels(spec: Preprocess) -> bool:
     return (spec.mean, spec.std) == ((0, 0, 0), (1, 1, 1))
 
 
-def _with_preprocessing(side: Classifier, other: Classifier) -> Classifier:
+def _with_preprocessing(side: Side, other: Side) -> Side:
     """Return the side with its preprocessing, checked against its model."""
     if side.session is None:
         return side

@@ -234,6 +234,8 @@ def _asked(path: Path, pictures: Sequence[Path], size: tuple[int, int] | None, o
 
 @dataclass(frozen=True, slots=True)
 class Answers:
+    """What onnxruntime answers, beside a net."""
+
     difference: float  # the largest of onnxruntime's from the net's, over the largest answer
     classes: list[int]  # onnxruntime's, of each image
 
@@ -255,6 +257,7 @@ def difference_from_onnxruntime(path: Path, net: OnnxNet, x: NDArray[np.float32]
 
 
 def noise(net: OnnxNet, images: int = 2, seed: int = 0) -> NDArray[np.float32]:
+    """Random images (B,3,H,W) as the net takes them: standard normal, or 0 to 255 where it takes bytes."""
     rng, shape = np.random.default_rng(seed), (images, 3, *net.size)
     noise = rng.integers(0, 256, shape) if net.dtype == "uint8" else rng.normal(0, 1, shape)
     return noise.astype(net.dtype).astype(np.float32)

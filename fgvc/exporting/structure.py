@@ -37,6 +37,8 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Initializer:
+    """A stored tensor of a graph."""
+
     name: str  # w0, w1... in the order of first use
     tensor: Tensor
     overridable: bool = False  # also listed as a graph input (files of IR version 3 and older)
@@ -58,6 +60,8 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class Attribute:
+    """An attribute of a node: a plain value as text, or tensors or graphs."""
+
     name: str
     kind: str
     value: str | tuple[Tensor, ...] | tuple[Graph, ...]
@@ -65,6 +69,8 @@ class Attribute:
 
 @dataclass(frozen=True, slots=True)
 class Node:
+    """An operator with its tensors by their canonical names; `stored_*`: as the file has it, which does not count."""
+
     op: str
     attributes: tuple[Attribute, ...]
     inputs: tuple[str, ...]
@@ -76,6 +82,8 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Graph:
+    """A graph, or a subgraph of a node, in canonical order."""
+
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     nodes: tuple[Node, ...]  # live nodes, inputs before users; then those that no output depends on
@@ -83,6 +91,8 @@ class Graph:
 
 @dataclass(frozen=True, slots=True)
 class Function:
+    """A function of the model's own, which nodes call by its name."""
+
     name: str
     opset: tuple[tuple[str, int], ...]
     parameters: tuple[str, ...]  # attribute names

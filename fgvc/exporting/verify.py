@@ -66,6 +66,8 @@ class Comparison(Display):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
+    """One proof that was made again."""
+
     name: str
     passed: bool | None  # None: could not be made here
     detail: str
@@ -73,6 +75,8 @@ class Check:
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Verification(Display):
+    """All proofs of a bundle, made again; it has passed where none failed."""
+
     folder: Path
     checks: tuple[Check, ...]
 

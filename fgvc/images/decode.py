@@ -64,7 +64,8 @@ def read_picture(
     formats: tuple[str, ...] | None = None,
     name: Path | None = None,
 ) -> Picture:
-    """Decode as `decode` does; returns the image and how it is stored. `name`: the file that bytes come from, for messages."""
+    """Decode as `decode` does, with its errors; returns the image and how it is stored. `name`: the file that bytes come from,
+    for messages."""
     where = source if isinstance(source, Path) else (name or "(bytes)")
     _hush_metadata()
     _allow(max_pixels)

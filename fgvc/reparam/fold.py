@@ -35,7 +35,8 @@ def fold_norm(weight: Tensor, norm: nn.BatchNorm2d, bias: Tensor | None = None) 
     """The one convolution that equals a convolution followed by a batch norm in eval mode (Transform I).
 
     weight (out, in/groups, kh, kw), bias (out,) -> kernel of the same shape and bias (out,), both float64. Any
-    stride, padding and groups: K' = K g/sqrt(var+eps), b' = beta + (b - mean) g/sqrt(var+eps).
+    stride, padding and groups: K' = K g/sqrt(var+eps), b' = beta + (b - mean) g/sqrt(var+eps). Raises FgvcError for a norm
+    without running statistics.
     """
     if norm.running_mean is None or norm.running_var is None:
         raise FgvcError("a batch norm without running statistics has no fixed scale and can't be folded")
@@ -52,7 +53,7 @@ def embed(kernel: Tensor, size: int) -> Tensor:
     """A smaller kernel (..., kh, kw), odd sides, in the middle of a size x size one (size odd), zero around it (Transform VI).
 
     Equal to the small one if both are aligned: the small one's padding is the large one's minus
-    (size - kh) / 2 rows and (size - kw) / 2 columns.
+    (size - kh) / 2 rows and (size - kw) / 2 columns. Raises ValueError for even sides, and where `size` is smaller.
     """
     height, width = kernel.shape[-2:]
     if not (size % 2 and height % 2 and width % 2) or max(height, width) > size:

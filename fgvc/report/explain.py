@@ -101,7 +101,8 @@ def explain(
 def open_explainer(
     run: LoadedRun, methods: tuple[str, ...], *, device: str | None = None, channels: int | None = None
 ) -> Iterator[RunExplainer]:
-    """Open the explainer of a run on its device; stderr gets the cost of expensive methods first."""
+    """Open the explainer of a run on its device; stderr gets the cost of expensive methods first. Raises FgvcError where the net
+    has no maps of these methods."""
     run_calibration = calibration_without_data(run, device=device)
     if not run_calibration.calibrated:
         print(f"{run.folder}: its probabilities are not calibrated: {run_calibration.reason}", file=sys.stderr)

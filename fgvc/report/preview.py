@@ -138,7 +138,8 @@ def _step_rows(session: Session, names: Sequence[str], images: int, epoch: int) 
 
 def load_trained(session: Session, run: Path) -> bool:
     """Load a run's trained weights into a session; branches as far as both have them. Returns whether the run is of the same
-    images: then what its techniques remember of each is loaded, too."""
+    images: then what its techniques remember of each is loaded, too. Raises FgvcError where the run has other classes, or another
+    net or blocks."""
     state = checkpoint.load(run / "ckpt")
     if recorded_classes(run) != session.index.classes:
         raise FgvcError(f"{run}: its classes are not those of {session.recipe.data.root}")

@@ -36,8 +36,8 @@ from fgvc.reparam.unfold import unfold
 from fgvc.runs.folder import read_run, recorded_classes
 from fgvc.runs.step import StepModule
 from fgvc.runtime.engine import doubts_about, refuse_misfit
-from fgvc.techniques.distill.teacher import Teacher
 from fgvc.techniques.registry import build
+from fgvc.techniques.teacher import Teacher
 
 
 def class_counts(index: ImageIndex) -> NDArray[np.int64]:

@@ -90,7 +90,9 @@ def claim_run(
     recorded: bool = False,
     say: checkpoint.Say | None = None,
 ) -> Iterator[RunStatus]:
-    """Lock `out` and return its status (`run_status`); with the path of another run for `resume`, copy that run there first."""
+    """Lock `out` and yield its status (`run_status`); with the path of another run for `resume`, copy that run there first.
+
+    Raises FgvcError as these do, where `out` is locked, and for `overwrite` with such a path."""
     if from_other := resume not in ("auto", "never"):
         if overwrite:
             raise FgvcError("--overwrite loses a run, --resume PATH goes on with one: give one of the two")

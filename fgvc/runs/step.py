@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fgvc.config.knots import value_at
+from fgvc.config.teachers import AnyTeacher
 from fgvc.errors import FgvcError
 from fgvc.models.class_maps import ClassMapper, evaluating
 from fgvc.models.classifier import as_classifier
@@ -37,10 +38,9 @@ from fgvc.techniques.checks import (
     require_terms,
     require_views,
 )
-from fgvc.techniques.distill.settings import AnyTeacher
-from fgvc.techniques.distill.teacher import Teacher
 from fgvc.techniques.plan import Attachments, Context, Plan, context_of
 from fgvc.techniques.settings import FEATURES
+from fgvc.techniques.teacher import Teacher
 
 MAIN = "main"
 

@@ -310,7 +310,8 @@ def read_preprocess(path: Path) -> Preprocess:
 
 
 def read_labels(path: Path) -> tuple[str, ...]:
-    """Read class names in the order of the outputs: a JSON list, or a text file with one a line, its number before it or not."""
+    """Read class names in the order of the outputs: a JSON list, or a text file with one a line, its number before it or not.
+    Raises FgvcError where it can't be read, or has no such names (`class_names`)."""
     if path.suffix == ".json":
         names = read_json(path, list)
     else:

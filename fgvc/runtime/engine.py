@@ -124,7 +124,8 @@ class OnnxSession:
         return self.infer(feed(x, self.file))[0].reshape(len(x), -1).astype(np.float64)
 
     def run(self, x: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Logits (B,K) float32 for x (B,3,H,W) float32, and the other outputs as they are."""
+        """Return the logits (B,K) float32 for x (B,3,H,W) float32, and the other outputs as they are. Raises FgvcError for images
+        of another size than the network takes."""
         if any(fixed is not None and fixed != n for fixed, n in zip(self.shape[1:], x.shape[1:], strict=True)):
             raise FgvcError(f"the network takes images of shape {self.shape[1:]}, not {x.shape[1:]}")
         scores, *others = self.infer(feed(x, self.file))

@@ -67,7 +67,7 @@ def infer(
 
 
 def unpack(body: bytes, encoding: str | None, limit: int) -> bytes:
-    """Undo gzip or deflate, into `limit` bytes at most."""
+    """Undo gzip or deflate, into `limit` bytes at most. Raises Refusal: 400, 413, 415."""
     if encoding in (None, "", "identity"):
         return body
     if encoding not in ("gzip", "deflate"):
@@ -122,7 +122,8 @@ def parse(served: LoadedModel, body: bytes, header_length: str | None, *, batch:
 
 
 def answer(served: LoadedModel, request: InferenceRequest, scores: np.ndarray) -> tuple[bytes, int | None]:
-    """Response's body for the file's answers (B,K), or with axes of one, and the length of its JSON where bytes follow."""
+    """Return the response's body for the file's answers (B,K), or with axes of one, and its JSON's length where bytes follow.
+    Raises Refusal 400 for answers that are not finite, where JSON is to hold them."""
     scores = scores.reshape(len(scores), -1)
     output: dict[str, Any] = {
         "name": served.engine.session.outputs[0], "datatype": TYPES[scores.dtype.name], "shape": list(scores.shape)

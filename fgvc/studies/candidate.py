@@ -95,7 +95,8 @@ def open_candidate(text: str, *, deploy: Deploy, size: tuple[int, int] | None) -
 
 
 def from_weights(model: Model, deploy: Deploy, size: tuple[int, int] | None) -> Candidate:
-    """Load a timm net with weights. `size`: height and width; default: that of timm's weights."""
+    """Load a timm net with weights. `size`: height and width; default: that of timm's weights. Raises FgvcError for random
+    weights, and for a net or weights that can't be had."""
     if model.weights == "none":
         raise FgvcError(f"{model.name}: features of random weights say nothing of a set; name weights")
     net = shipped_net(model, None, size).eval()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fgvc.config.recipe import Recipe
+from fgvc.config.teachers import AnyTeacher, BundleTeacher, ProbeTeacher, RunTeacher, TimmTeacher
 from fgvc.data.index import ImageIndex
 from fgvc.errors import FgvcError
 from fgvc.io.files import file_sha256
@@ -19,7 +20,6 @@ from fgvc.runs.folder import read_run
 from fgvc.runs.images import first_index
 from fgvc.runtime.bundle import load_bundle
 from fgvc.runtime.labels import BESIDE
-from fgvc.techniques.distill.settings import AnyTeacher, BundleTeacher, ProbeTeacher, RunTeacher, TimmTeacher
 
 ScoredSplit = Literal["val", "test"]
 

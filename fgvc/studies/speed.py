@@ -169,7 +169,8 @@ def bench_maps(recipe: Recipe, *, pairs: int = 30) -> list[Ratio]:
 
 
 def bench_export(recipe: Recipe, *, pairs: int = 3) -> Ratio:
-    """Time the export with all proofs, on up to 256 images of noise, over torch's bare export of the same net."""
+    """Time the export with all proofs, on up to 256 images of noise, over torch's bare export of the same net. Raises FgvcError
+    for a recipe of a deployed file."""
     torch.manual_seed(recipe.train.seed)
     index = read_index(recipe)
     if recipe.model.backbone is None:

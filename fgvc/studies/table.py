@@ -158,7 +158,8 @@ def paired_difference(runs: Sequence[Row], base_runs: Sequence[Row]) -> Differen
     """Difference of two arms' top-1 by the seeds, and folds, that both have.
 
     Over seeds: mean d +- t(0.975, n-1) sd(d) / sqrt(n), d a seed's difference, over the images of all its folds. Over images:
-    mean e +- z(0.975) sd(e) / sqrt(N), e one image's difference (1: right in `runs` alone), mean over the seeds.
+    mean e +- z(0.975) sd(e) / sqrt(N), e one image's difference (1: right in `runs` alone), mean over the seeds. None: the arms
+    have no seed in common. Raises ValueError where a seed and fold has two rows.
     """
     for rows in (runs, base_runs):
         if len({_run(row) for row in rows}) < len(rows):

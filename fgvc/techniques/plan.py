@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fgvc.config.teachers import AnyTeacher
 from fgvc.errors import FgvcError
 from fgvc.models.backbone import feature_map, modules_behind, scale_cells, zeros_through
 from fgvc.models.class_maps import Method, evaluating, refusal
@@ -21,9 +22,8 @@ from fgvc.models.classifier import as_classifier
 from fgvc.models.norms import batch_statistics
 from fgvc.reparam.replace import Site, find_sites, replace_conv
 from fgvc.techniques.api import Batch, Draws, Output
-from fgvc.techniques.distill.settings import AnyTeacher
-from fgvc.techniques.distill.teacher import Teacher
 from fgvc.techniques.settings import FEATURES, AnyMethod
+from fgvc.techniques.teacher import Teacher
 
 Gate = Callable[[Tensor, "Context"], Tensor]
 
@@ -108,7 +108,8 @@ class Plan:
     def stage(self, number: int | Literal["features"]) -> str:
         """Name of the last block of a `feature_info` stage (negative numbers count from the end), or FEATURES.
 
-        Hooks sit on blocks: under activation checkpointing timm never calls the stage module itself.
+        Hooks sit on blocks: under activation checkpointing timm never calls the stage module itself. Raises FgvcError where the
+        backbone has no such stage, or timm does not name its module.
         """
         if number == FEATURES:
             return FEATURES

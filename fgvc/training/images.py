@@ -19,7 +19,7 @@ from fgvc.data.quality.stored import refuse_shares
 from fgvc.data.unseen import SETTINGS, all_seen
 from fgvc.errors import FgvcError, NoUnseenImagesError
 from fgvc.evaluation.judging import evidence
-from fgvc.evaluation.side import Classifier
+from fgvc.evaluation.side import Side
 from fgvc.runs.build import refuse_names
 from fgvc.runs.distributed import ProcessGroup
 from fgvc.runs.images import first_index, read_index
@@ -59,7 +59,7 @@ def _first_index(recipe: Recipe) -> ImageIndex:
         keys = {key: value for key, value in recipe.deploy if key in Preprocess.model_fields and value is not None}
         session = OnnxSession(model.onnx.expanduser(), output=model.output)
         spec = Preprocess(size=recipe.image.size, **keys)
-        side = Classifier(path=model.onnx, kind="onnx", classes=index.classes, preprocess=spec, session=session)
+        side = Side(path=model.onnx, kind="onnx", classes=index.classes, preprocess=spec, session=session)
         raise NoUnseenImagesError(all_seen(index.root, SETTINGS, evidence(side, index))) from error
 
 

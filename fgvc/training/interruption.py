@@ -30,6 +30,7 @@ def interruptible() -> Iterator[threading.Event]:
 
 @contextmanager
 def advice_on_failure(recipe: Recipe, out: Path) -> Iterator[None]:
+    """Raise FgvcError, with a way out, for what ends a training from outside: a killed process, want of memory."""
     try:
         yield
     except RuntimeError as error:

@@ -61,7 +61,7 @@ def parameter_groups(
     schedules apply. Frozen ones are left out.
 
     The factor is head_lr_scale, added_lr_scale, replaced_lr_scale or layer_decay^(depth of the deepest layer - its own), as
-    timm's `group_matcher` counts layers.
+    timm's `group_matcher` counts layers. Raises FgvcError where a layer decay is asked of a net without a `group_matcher`.
     """
     net = getattr(step, "net", step)
     no_decay = getattr(net, "no_weight_decay", None)

@@ -34,7 +34,7 @@ from fgvc.runs.checkpoint import Progress, State
 from fgvc.runs.distributed import ProcessGroup, rng_state, set_rng_state
 from fgvc.runs.images import fingerprint, held_out_overlap
 from fgvc.runs.step import StepModule
-from fgvc.techniques.distill.teacher import ProbedNet
+from fgvc.techniques.teacher import ProbedNet
 from fgvc.training.automatic import settle, settled_process
 from fgvc.training.batch import Normalise
 from fgvc.training.building import build_optimizer, first_weights, teacher_loader
@@ -224,6 +224,22 @@ class Session:
         self.means.restore(self.progress.sums, self.progress.counts)
 
 
+def _refuse_unvalidated(recipe: Recipe, index: ImageIndex) -> None:
+    """Raise FgvcError where the recipe goes by validation, and the data have no validation split."""
+    needing = {
+        "select: best": recipe.select == "best", "train.refit": recipe.train.refit, "train.patience": recipe.train.patience,
+    }  # fmt: skip
+    wanted = [setting for setting, given in needing.items() if given]
+    if len(index.rows("val")) or not wanted:
+        return
+    if index.unseen:
+        raise NoUnseenImagesError(
+            f"{wanted[0]}: of fewer than {FEWEST_TO_CHOOSE} images that the deployed file has not seen none may choose, and "
+            "all judge; leave it out: the average of the weights ships at the end of the schedule"
+        )
+    raise FgvcError(f"{wanted[0]} needs a validation split: give data.val_fraction a value above 0")
+
+
 @contextmanager
 def open_session(
     recipe: Recipe,
@@ -236,26 +252,17 @@ def open_session(
     out: Path | None = None,
     teachers: TeacherUse = "to teach",
 ) -> Iterator[Session]:
-    """Build a run, ready for its first step. The loader's workers end with the context.
+    """Build a run and yield its Session, ready for its first step. The loader's workers end with the context.
 
     `index`, `preprocess`: those of a run which goes on; `model.weights` is then not read, the checkpoint replaces it.
     `start_state`: the state that such a run began with, for `optim.l2_sp`. `out`: the run's folder; `teachers`: their use, "not"
-    for views alone, without the teachers' outputs.
+    for views alone, without the teachers' outputs. Raises FgvcError where data, net, weights or teachers can't be had, or the
+    recipe asks for a validation split that the data do not have; NoUnseenImagesError where a deployed file may have seen all.
     """
     index = training_index(recipe, index)
-    validated = len(index.rows("val")) > 0
-    needing = {
-        "select: best": recipe.select == "best", "train.refit": recipe.train.refit, "train.patience": recipe.train.patience,
-    }  # fmt: skip
-    if not validated and (wanted := [setting for setting, given in needing.items() if given]):
-        if index.unseen:
-            raise NoUnseenImagesError(
-                f"{wanted[0]}: of fewer than {FEWEST_TO_CHOOSE} images that the deployed file has not seen none may choose, and "
-                "all judge; leave it out: the average of the weights ships at the end of the schedule"
-            )
-        raise FgvcError(f"{wanted[0]} needs a validation split: give data.val_fraction a value above 0")
+    _refuse_unvalidated(recipe, index)
     settled = settle(recipe, index, process, measure=teachers != "not")
-    recipe = settled.recipe.resolved(validated=validated, averaged=bool(index.unseen))
+    recipe = settled.recipe.resolved(validated=len(index.rows("val")) > 0, averaged=bool(index.unseen))
     process = settled_process(process, recipe.train)
     fitting = recipe.model_copy(update={"train": recipe.train.fitting(len(index.rows("train")), process.world)})
     torch.manual_seed(recipe.train.seed)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fgvc.config.images import Preprocess
 from fgvc.config.models import Model, run_of
+from fgvc.config.teachers import AnyTeacher, BundleTeacher, EmaTeacher, ProbeTeacher, RunTeacher, TimmTeacher
 from fgvc.data.index import ImageIndex
 from fgvc.errors import FgvcError
 from fgvc.io.names import some
@@ -30,15 +31,8 @@ from fgvc.runs.loaded import load_run
 from fgvc.runtime.bundle import load_bundle
 from fgvc.runtime.engine import OnnxSession, available_cpus, refuse_misfit, session_of
 from fgvc.runtime.stack import stack_of
-from fgvc.techniques.distill.settings import (
-    AnyTeacher,
-    BundleTeacher,
-    EmaTeacher,
-    ProbeTeacher,
-    RunTeacher,
-    TimmTeacher,
-)
-from fgvc.techniques.distill.teacher import (
+from fgvc.techniques.plan import Attachments
+from fgvc.techniques.teacher import (
     ProbedNet,
     Teacher,
     TeacherOutput,
@@ -47,7 +41,6 @@ from fgvc.techniques.distill.teacher import (
     in_order,
     teacher_output,
 )
-from fgvc.techniques.plan import Attachments
 
 TeacherUse = Literal["to teach", "to time", "not"]
 """Purpose of loading teachers: to time a step, one whose head would be fitted has random weights and needs no file."""

@@ -22,6 +22,7 @@ from fgvc.cli.app import main
 from fgvc.config.images import Deploy
 from fgvc.config.models import Model
 from fgvc.config.shipped import recipe_file
+from fgvc.config.teachers import ProbeTeacher
 from fgvc.data.recipe import load_recipe
 from fgvc.data.splits import fold_numbers
 from fgvc.errors import FgvcError
@@ -29,7 +30,7 @@ from fgvc.models.backbone import plain_model
 from fgvc.models.probe import fit_probe
 from fgvc.studies.advice import Advice, advise, summary
 from fgvc.studies.candidate import open_candidate
-from fgvc.techniques.distill.settings import DistillSettings, ProbeTeacher
+from fgvc.techniques.distill.settings import DistillSettings
 from fgvc.training import trainer
 
 FAST = ("train.workers=0", "train.device=cpu")

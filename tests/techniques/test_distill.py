@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from fgvc.config.loading import dump
 from fgvc.config.recipe import Recipe
+from fgvc.config.teachers import AnyTeacher
 from fgvc.config.template import commented
 from fgvc.data.recipe import load_recipe
 from fgvc.errors import FgvcError
@@ -22,11 +23,11 @@ from fgvc.runs.step import StepModule
 from fgvc.techniques.api import Batch, EpochStart
 from fgvc.techniques.cutout.settings import CutoutSettings
 from fgvc.techniques.distill.losses import attention, decoupled, divergence, hint, softened
-from fgvc.techniques.distill.settings import AnyTeacher, DistillSettings
-from fgvc.techniques.distill.teacher import Teacher, TeacherOutput, teacher_output
+from fgvc.techniques.distill.settings import DistillSettings
 from fgvc.techniques.mixup.settings import MixupSettings
 from fgvc.techniques.plan import Attachments
 from fgvc.techniques.registry import build_technique
+from fgvc.techniques.teacher import Teacher, TeacherOutput, teacher_output
 
 CLASSES, SIZE = 5, (64, 64)
 RUN, OTHER = {"kind": "run", "path": "a"}, {"kind": "run", "path": "b", "weight": 3.0}

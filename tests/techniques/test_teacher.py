@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from fgvc.config.images import Preprocess
 from fgvc.errors import FgvcError
 from fgvc.images.preprocess import normalise
-from fgvc.techniques.distill.teacher import Teacher, TeacherOutput, conversion, digest, in_order, teacher_output
+from fgvc.techniques.teacher import Teacher, TeacherOutput, conversion, digest, in_order, teacher_output
 
 SPECS = [
     Preprocess(size=(8, 8)),

@@ -20,6 +20,7 @@ from fgvc import api
 from fgvc.config.images import Preprocess
 from fgvc.config.loading import validate
 from fgvc.config.recipe import Recipe
+from fgvc.config.teachers import ProbeTeacher
 from fgvc.config.techniques import settings_by_kind
 from fgvc.data.augment import Augmenter
 from fgvc.data.loader import augmented_views, evaluation_loader
@@ -28,9 +29,8 @@ from fgvc.runs.distributed import process_group
 from fgvc.runs.images import read_index
 from fgvc.studies.identity import digest
 from fgvc.studies.speed import bench_each
-from fgvc.techniques.distill.settings import ProbeTeacher
-from fgvc.techniques.distill.teacher import Teacher
 from fgvc.techniques.plan import Attachments
+from fgvc.techniques.teacher import Teacher
 from fgvc.training import trainer
 from fgvc.training.session import open_session
 from fgvc.training.start import fit_teachers

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from fgvc import api
 from fgvc.config.loading import validate
 from fgvc.config.recipe import Recipe
+from fgvc.config.teachers import AnyTeacher
 from fgvc.errors import FgvcError
 from fgvc.models.backbone import plain_model
 from fgvc.runs.build import build_net
@@ -26,9 +27,8 @@ from fgvc.runs.loaded import load_run
 from fgvc.studies.speed import bench_each
 from fgvc.techniques.api import Output
 from fgvc.techniques.distill.ensemble import TeacherEnsemble
-from fgvc.techniques.distill.settings import AnyTeacher
-from fgvc.techniques.distill.teacher import Teacher, TeacherOutput
 from fgvc.techniques.plan import Attachments, Context
+from fgvc.techniques.teacher import Teacher, TeacherOutput
 from fgvc.training import trainer
 from fgvc.training.building import teacher_loader
 

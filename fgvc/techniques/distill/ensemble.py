@@ -7,8 +7,8 @@ from pathlib import Path
 
 from fgvc.techniques.api import EpochStart, Output
 from fgvc.techniques.distill.logits import LogitFile, open_logits
-from fgvc.techniques.distill.teacher import Teacher, TeacherOutput
 from fgvc.techniques.plan import Context
+from fgvc.techniques.teacher import Teacher, TeacherOutput
 
 
 class TeacherEnsemble:

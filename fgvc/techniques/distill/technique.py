@@ -22,8 +22,8 @@ from fgvc.techniques.api import EpochStart, Output, Technique
 from fgvc.techniques.distill.ensemble import TeacherEnsemble
 from fgvc.techniques.distill.losses import attention, decoupled, divergence, hint, softened
 from fgvc.techniques.distill.settings import DistillSettings
-from fgvc.techniques.distill.teacher import Teacher
 from fgvc.techniques.plan import Context, Plan
+from fgvc.techniques.teacher import Teacher
 
 MAIN = "main"
 
