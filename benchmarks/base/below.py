@@ -134,7 +134,7 @@ def _chosen(floor: np.ndarray, epochs: np.ndarray) -> np.ndarray:
     right = np.empty_like(floor)
     half = np.random.default_rng(0).permutation(len(floor)) % 2 == 0
     for judged in (half, ~half):
-        rule = _best if (~judged).sum() >= FEWEST_TO_CHOOSE else _settled
+        rule = _better if (~judged).sum() >= FEWEST_TO_CHOOSE else _settled
         right[judged] = rule(floor, epochs, ~judged)[judged]
     return right
 
@@ -143,6 +143,12 @@ def _best(floor: np.ndarray, epochs: np.ndarray, choose: np.ndarray) -> np.ndarr
     """What the images `choose` (N,) like best of the start and all epochs."""
     candidates = np.concatenate([floor[None], epochs])
     return candidates[candidates[:, choose].mean(axis=1).argmax()]
+
+
+def _better(floor: np.ndarray, epochs: np.ndarray, choose: np.ndarray) -> np.ndarray:
+    """The best of the epochs, if they like it better than the start by more than one standard error; else the start."""
+    best = epochs[epochs[:, choose].mean(axis=1).argmax()]
+    return best if beats(floor[choose], best[choose]) else floor
 
 
 def _settled(floor: np.ndarray, epochs: np.ndarray, choose: np.ndarray) -> np.ndarray:
@@ -158,7 +164,9 @@ def _by_images(rows: list[dict[str, str]]) -> None:
     """Print what each rule ships where so many images choose, drawn at random, scored on all others: points over the floor, the
     mean of all rows that have as many, each of 200 draws."""
     rng = np.random.default_rng(0)
-    print("\n| images that choose | rows | best of the start and all epochs | end or start | end |\n|---|---|---|---|---|")
+    rules = {"best of the start and all epochs": _best, "best epoch if clearly better than the start": _better,
+             "end, or a clearly better start": _settled, "end": _end}  # fmt: skip
+    print(f"\n| images that choose | rows | {' | '.join(rules)} |\n{'|---' * (2 + len(rules))}|")
     for images in CHOOSING:
         gains = []
         for row in rows:
@@ -168,7 +176,7 @@ def _by_images(rows: list[dict[str, str]]) -> None:
             own = []
             for _ in range(200):
                 choose = rng.permutation(len(floor)) < images
-                shipped = [rule(floor, epochs, choose) for rule in (_best, _settled, _end)]
+                shipped = [rule(floor, epochs, choose) for rule in rules.values()]
                 own.append([right[~choose].mean() - floor[~choose].mean() for right in shipped])
             gains.append(np.mean(own, axis=0))
         cells = [f"{100 * gain:+.1f}" for gain in np.mean(gains, axis=0)]

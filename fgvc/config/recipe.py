@@ -69,8 +69,9 @@ class Recipe(Display, Section):
     techniques: Techniques = Field(Techniques(), description="technique -> settings")
     select: Shipped | None = Field(
         None,
-        description="which weights eval, export and predict use; best: of the start and all epochs' ends the best by validation, "
-        "the average where there is one; by fewer than 200 images the end, or the start where that is clearly better. "
+        description="which weights eval, export and predict use; best: of all epochs' ends the best by validation, the average "
+        "where there is one, if it is better than the start by more than one standard error, else the start; by fewer than 200 "
+        "images the end, or the start where that is better by as much. "
         "Default: best where there is a validation split, else ema or swa, else last; ema where "
         "a deployed file has seen too much for any image to choose",
     )

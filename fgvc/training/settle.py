@@ -1,4 +1,4 @@
-"""A run that few images validate: what ships, its end or its start, and what is said."""
+"""What ships of a run that validation has scored: an epoch, its end or its start; and what is said where few images did."""
 
 from __future__ import annotations
 
@@ -32,18 +32,23 @@ def few_words(images: int) -> list[str]:
 
 
 def settle_best(out: Path, recipe: Recipe) -> None:
-    """Where too few images validate a finished run to choose among its epochs: point `ckpt/best` at its end, or at its start if
-    that is better by more than one standard error. The same run gives the same choice, however often."""
-    if recipe.selected != "best":
+    """Point `ckpt/best` of a finished run at what ships (docs/floor.md). Where enough images validate: the best of its epochs, if
+    that is better than the start by more than one standard error, else the start. Where fewer do: its end, or its start if that
+    is better by as much. The same run gives the same choice, however often."""
+    if recipe.selected != "best" or recipe.select_by != "top1":
         return
     try:
-        rows, end = named_rightly(out)
-        if not len(rows) or chooses_epochs(recipe, len(rows)):
+        images = len(named_rightly(out)[0])
+        chooses = chooses_epochs(recipe, images)
+        if not images or (chooses and images < FEWEST_TO_CHOOSE):  # patience: the epoch that few chose ships
             return
-        others, start = named_rightly(out, "start")
+        (start_rows, start), (rows, trained) = named_rightly(out, "start"), named_rightly(out, "best" if chooses else "last")
     except FgvcError:  # it is gone
         return
-    if not len(others):
+    _, ours, theirs = np.intersect1d(start_rows, rows, return_indices=True)
+    if not len(ours):
         return
-    both, ours, theirs = np.intersect1d(others, rows, return_indices=True)
-    checkpoint.choose_best(out / "ckpt", "start" if len(both) and beats(end[theirs], start[ours]) else "last")
+    if chooses and not beats(start[ours], trained[theirs]):
+        checkpoint.choose_best(out / "ckpt", "start")
+    elif not chooses:
+        checkpoint.choose_best(out / "ckpt", "start" if beats(trained[theirs], start[ours]) else "last")
