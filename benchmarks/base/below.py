@@ -2,17 +2,19 @@
 
     python benchmarks/base/below.py below.csv --work cells --set cub50=CUB50 --set coffee=COFFEE --set drawn=DEMO \
         --net lite0=FILE --net mobile=FILE --net mobile-inat=FILE
-    python benchmarks/base/below.py below.csv
+    python benchmarks/base/below.py below.csv [--between between.csv]
 
 Of each train split a number of images a class is drawn, three times; the others validate (where images have groups, those of
 other groups alone). At full size five folds stand in for draws. The test split is not touched. What a run would ship, the best of
 its start and all epochs, is chosen by one half of the validating images and scored on the other, and the other way round, so that
 nothing is scored by what chose it. Rows come one by one; those that are there are left alone. Without --set the table is printed.
+With --between the nets at 0.25, 0.5 and 0.75 of the way from the start to the end are scored, too, into a table of their own.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import time
 from pathlib import Path
@@ -31,6 +33,7 @@ from fgvc.evaluation.paired import beats
 from fgvc.io.bits import pack, unpack
 from fgvc.models.probe import put_head
 from fgvc.runs.distributed import process_group
+from fgvc.training.interpolate import interpolate_weights
 from fgvc.training.session import open_session
 
 SETS = {
@@ -46,6 +49,7 @@ NETS = {
 }
 CHOOSING = (16, 32, 64, 128, 200, 256)
 SIZES, DRAWS, FOLDS = (5, 15, 0), 3, 5  # 0: all
+SHARES = (0.25, 0.5, 0.75)
 FIELDS = ("net", "set", "images", "draw", "learned", "held_out", "seconds", "floor", "epochs", "floor_right", "epochs_right")
 
 
@@ -56,10 +60,11 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], dest="sets", help="NAME=FOLDER")
     parser.add_argument("--net", action="append", default=[], dest="nets", help="NAME=FILE")
     parser.add_argument("--images", type=int, action="append", help="5, 15 or 0 for all")
+    parser.add_argument("--between", type=Path, help="table of the nets between start and end")
     parser.add_argument("overrides", nargs="*", help="of any/plain")
     given = parser.parse_intermixed_args()
     if not given.sets:
-        return _table(given.out)
+        return _table(given.out) if given.between is None else _between_table(given.between)
     torch.set_num_threads(1)
     given.work.mkdir(parents=True, exist_ok=True)
     if not given.out.exists():
@@ -78,6 +83,11 @@ def main() -> None:
                     else:
                         data.append(f"data.fold=[{draw}, {FOLDS}]")
                     row = key | _run([*own, *data], given.work)
+                    rights = [row.pop(f"right at {share}") for share in SHARES]
+                    if given.between is not None:
+                        ends = row["floor_right"], *rights, str(row["epochs_right"]).split()[-1]
+                        with given.between.open("a", newline="") as stream:
+                            csv.writer(stream).writerow([*key.values(), row["held_out"], *ends])
                     with given.out.open("a", newline="") as stream:
                         csv.DictWriter(stream, FIELDS).writerow(row)
                     print({key: value for key, value in row.items() if "right" not in key}, flush=True)
@@ -110,11 +120,17 @@ def _run(overrides: list[str], work: Path) -> dict[str, object]:
         put_head(net, weight, bias)
         if session.ema is not None:
             session.ema.set(net)
+        start = {name: tensor.clone() for name, tensor in net.state_dict().items()}
         found = [right_of(session, session.average or net) for _ in epochs(session, work)]
+        between = copy.deepcopy(session.average or net)
+        end, rights = {name: tensor.clone() for name, tensor in between.state_dict().items()}, {}
+        for share in SHARES:
+            between.load_state_dict(interpolate_weights(start, end, share))
+            rights[f"right at {share}"] = pack(right_of(session, between))
         return {
             "learned": len(session.index.rows("train")), "held_out": len(floor), "floor": percent(floor),
             "epochs": " ".join(percent(right) for right in found), "floor_right": pack(floor),
-            "epochs_right": " ".join(pack(right) for right in found), "seconds": round(time.perf_counter() - started),
+            "epochs_right": " ".join(pack(right) for right in found), "seconds": round(time.perf_counter() - started), **rights,
         }  # fmt: skip
 
 
@@ -181,6 +197,19 @@ def _by_images(rows: list[dict[str, str]]) -> None:
             gains.append(np.mean(own, axis=0))
         cells = [f"{100 * gain:+.1f}" for gain in np.mean(gains, axis=0)]
         print(f"| {images} | {len(gains)} | {' | '.join(cells)} |")
+
+
+def _between_table(file: Path) -> None:
+    """Print points over the floor of the nets between start and end, the draws of a cell together."""
+    cells: dict[tuple[str, ...], list[list[np.ndarray]]] = {}
+    with file.open(newline="") as stream:
+        for net, name, images, _, count, *rights in csv.reader(stream):
+            cells.setdefault((net, name, images), []).append([unpack(right, int(count)) for right in rights])
+    print(f"| net | set | images a class | draws | floor % | {' | '.join(f'at {share}' for share in (*SHARES, 1))} |")
+    print(f"|{'---|' * (6 + len(SHARES))}")
+    for cell, draws in cells.items():
+        floor, *others = (np.concatenate(parts) for parts in zip(*draws, strict=True))
+        print(f"| {' | '.join([*cell, str(len(draws)), percent(floor), *(gain(floor, right) for right in others)])} |")
 
 
 def _table(out: Path) -> None:
