@@ -82,10 +82,10 @@ def divide(
         raise FgvcError(f"{root}: has its images inside of tables; give a folder, or a table that names files")
     if len(index.classes) < 2:
         raise FgvcError(f"{root}: {len(index.classes)} class; a classifier needs two")
-    return _for_file(index, seen, unseen, bundle) if deployed else _for_net(index, in_folds=in_folds)
+    return _for_file(root, index, seen, unseen, bundle) if deployed else _for_net(root, index, in_folds=in_folds)
 
 
-def _for_net(index: ImageIndex, *, in_folds: bool) -> Divided:
+def _for_net(root: Path, index: ImageIndex, *, in_folds: bool) -> Divided:
     """The set of a net that has seen none of its images. Of the splits that it does not bring along, test is drawn first; a
     validation split of its own is the test split where it brings no other, as in ImageNet's layout."""
     folds = 1
@@ -97,8 +97,8 @@ def _for_net(index: ImageIndex, *, in_folds: bool) -> Divided:
         chosen = carve(index.labels, splits, split="val", fraction=CHOOSE, seed=0, groups=index.groups)
         drawn = replace(whole, splits=chosen)
     else:
-        whole = read_source(AutoData(root=index.root, val_fraction=0.0))
-        drawn = whole if "val" in index.given_splits else read_source(AutoData(root=index.root, val_fraction=CHOOSE))
+        whole = read_source(AutoData(root=root, val_fraction=0.0))
+        drawn = whole if "val" in index.given_splits else read_source(AutoData(root=root, val_fraction=CHOOSE))
     index = together(drawn)
     if in_folds and "val" not in index.given_splits and len(index.rows("val")) < FEWEST_TO_CHOOSE:
         folds, index = FOLDS, together(whole)
@@ -108,7 +108,7 @@ def _for_net(index: ImageIndex, *, in_folds: bool) -> Divided:
     return Divided(index=index, rows=np.arange(len(index)), rule=rule, folds=folds)
 
 
-def _for_file(index: ImageIndex, seen: Seen, unseen: Path | None, bundle: Path | None) -> Divided:
+def _for_file(root: Path, index: ImageIndex, seen: Seen, unseen: Path | None, bundle: Path | None) -> Divided:
     """The set of a deployed file, which has seen what `seen` says."""
     flat = not index.given_splits
     if unseen is not None:
@@ -118,7 +118,7 @@ def _for_file(index: ImageIndex, seen: Seen, unseen: Path | None, bundle: Path |
     elif flat and seen == "train" and bundle is not None:
         seen = bundle
     elif flat and seen == "none":
-        index = read_source(AutoData(root=index.root, val_fraction=CHOOSE))
+        index = read_source(AutoData(root=root, val_fraction=CHOOSE))
     learned, remark = index.rows("train"), ""
     if flat and isinstance(seen, Path):  # all that it names is learned from, and nothing else
         learned = seen_rows(index, seen, OPTIONS)

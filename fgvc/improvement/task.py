@@ -11,8 +11,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fgvc.config.images import Preprocess
 from fgvc.config.loading import merge, read_tree
 from fgvc.config.models import Model
@@ -143,7 +141,9 @@ class Task:
 
 def absolute_start(text: str) -> str:
     """`NAME=FILE` or `FILE` with the file's absolute path; other words as they are."""
-    named, _, weights = text.rpartition("=") if not Path(text).expanduser().is_file() else ("", "", text)
+    named, _, weights = text.partition("=")
+    if Path(text).expanduser().is_file() or not weights:
+        named, weights = "", text
     file = Path(weights).expanduser()
     return "=".join([*[named] * bool(named), str(file.absolute())]) if file.is_file() else text
 
@@ -418,14 +418,14 @@ def _is_of(model: Model, net: str | None) -> bool:
 
 def _teachers(models: Iterable[Model]) -> tuple[Mapping[str, Any], ...]:
     """Nets that may teach, the largest first."""
-    largest = sorted(models, key=_parameters, reverse=True)
-    return tuple({"backbone": model.backbone, "weights": model.weights, "kwargs": dict(model.kwargs)} for model in largest)
+    nets = list(models)
+    if len(nets) > 1:
+        nets.sort(key=_parameters, reverse=True)
+    return tuple({"backbone": net.backbone, "weights": net.weights, "kwargs": dict(net.kwargs)} for net in nets)
 
 
 def _parameters(model: Model) -> int:
-    with torch.device("meta"):
-        net = plain_model(str(model.backbone), 2, model.kwargs)
-    return sum(parameter.numel() for parameter in net.parameters())
+    return sum(parameter.numel() for parameter in plain_model(str(model.backbone), 2, model.kwargs).parameters())
 
 
 def _recipe(settings: Mapping[str, Any], divided: Divided, out: Path, seed: int) -> dict[str, Any]:

@@ -129,6 +129,17 @@ def test_without_a_test_split_the_validation_split_judges_a_net(pictures: Path, 
     assert divide(tmp_path, deployed=False, in_folds=True).counts == {"train": 60, "val": 0, "test": 240}
 
 
+@pytest.mark.parametrize("options", [{"deployed": False}, {"deployed": True, "seen": "none"}])
+def test_a_table_names_the_images_of_a_folder_that_has_more(pictures: Path, options: dict, tmp_path: Path) -> None:
+    named = [path for path in sorted((pictures / "test").rglob("*.png")) if path.stem < "040"]
+    table = "".join(f"{path},{path.parent.name}\n" for path in named)
+    (tmp_path / "images.csv").write_text(f"path,label\n{table}")
+    draw(tmp_path / "other" / "1.png", "red", 1)
+    divided = divide(tmp_path / "images.csv", **options)
+    assert sum(divided.counts.values()) == len(named) == 200
+    assert divided.counts["test"] > 0
+
+
 def test_near_copies_of_a_flat_folder_are_in_one_split(pictures: Path, tmp_path: Path) -> None:
     for path in (pictures / "test").rglob("*.png"):
         for copy in ("a", "b"):
