@@ -400,7 +400,8 @@ class Ladder:
         self.choices["length"] = length = min(1.0, max(0.0, round(left / (pace * makespan(rungs, self.plan.slots)), 2)))
         self._store()
         if length < 1:
-            self.say(f"less time is left than was planned: what ships has {100 * length:.0f} % of its epochs")
+            cut = ", ".join(f"{rung.name} {self.epochs(rung)}" for rung in rungs)
+            self.say(f"less time is left than was planned; epochs of what ships: {cut}")
 
 
 def _is_finished(run: Path) -> bool:

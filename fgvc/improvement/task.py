@@ -412,8 +412,10 @@ def _starts(models: Iterable[Model]) -> tuple[Mapping[str, Any], ...]:
 
 
 def _is_of(model: Model, net: str | None) -> bool:
-    """Whether weights are of this net of timm's, whatever their tag (`resnet50.a1_in1k`)."""
-    return net is not None and str(model.backbone).partition(".")[0] == net.partition(".")[0]
+    """Whether weights are of this net of timm's, those of a file whatever their tag (`resnet50.a1_in1k`)."""
+    if net is None or model.weights in ("hub", "packaged"):  # which weights these are is what the tag says
+        return model.backbone == net
+    return str(model.backbone).partition(".")[0] == net.partition(".")[0]
 
 
 def _teachers(models: Iterable[Model]) -> tuple[Mapping[str, Any], ...]:

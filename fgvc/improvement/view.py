@@ -36,6 +36,7 @@ class View:
         self._live: Live | None = None
         self._ladder: Ladder | None = None
         self._last_line = clock.seconds
+        self._end = 0.0  # of the working time, as planned
 
     def __enter__(self) -> View:
         return self
@@ -68,6 +69,7 @@ class View:
     def begin(self, ladder: Ladder) -> None:
         """Begin the live view."""
         self._ladder = ladder
+        self._end = self._clock.seconds + ladder.plan.seconds - sum(outcome.seconds for outcome in ladder.outcomes.values())
         if self._console.is_terminal:
             self._live = Live(console=self._console, refresh_per_second=2, transient=True)
             self._live.start()
@@ -79,7 +81,7 @@ class View:
             return
         plan, seconds = self._ladder.plan, self._clock.seconds
         states = [f"{job.name} {self._state(job)}" for job in running]
-        left = max(0.0, plan.seconds - seconds)
+        left = max(0.0, self._end - seconds)
         head = f"{duration(seconds)} of {duration(plan.budget)}, about {duration(left)} left"
         done = {name: row for name, row in self._ladder.outcomes.items() if row.of}
         if done:

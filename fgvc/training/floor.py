@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fgvc.config.recipe import Recipe
 from fgvc.data.splits import fold_numbers
+from fgvc.data.unseen import FEWEST_TO_CHOOSE
 from fgvc.errors import FgvcError
 from fgvc.evaluation.paired import Paired, beside_floor, compare_predictions, standing
 from fgvc.models.probe import Probe, fit_probe, linear_head, put_head
@@ -27,7 +28,7 @@ from fgvc.training.settle import chooses_epochs
 from fgvc.training.start import HeadFit, ViewFeatures, fit_net_probe, view_features
 
 BEST_EPOCH_REMARK = "the epoch was chosen by these images, which flatters it a little"
-NO_EPOCH_REMARK = "the start ships, since no epoch was better by more than one standard error"
+NO_EPOCH_REMARK = "the start ships, since no epoch was better"
 FEW_REMARK = "the end ships, since so few images choose no epoch"
 FOLDS = 5  # of the training images, where there is no validation split
 
@@ -164,7 +165,9 @@ class FloorComparison:
         pair = self.pair
         message = f"validation top-1 {100 * pair.b_right.mean():.2f} % of {pair.images} images, {beside_floor(pair)}"
         if recipe.selected == "best" and chooses_epochs(recipe, pair.images):
-            message += "; " + (BEST_EPOCH_REMARK if self.step else NO_EPOCH_REMARK)
+            margin = recipe.select_by == "top1" and pair.images >= FEWEST_TO_CHOOSE
+            none = NO_EPOCH_REMARK + " by more than one standard error" * margin
+            message += "; " + (BEST_EPOCH_REMARK if self.step else none)
         elif recipe.selected == "best":
             message += "; " + (FEW_REMARK if self.step else "the start ships")
         return [message, *([f"WARNING: that is below the floor: {_advice(recipe)}"] if pair.gain < 0 else [])]

@@ -19,10 +19,10 @@ def refit_recipe(run: Path) -> tuple[Recipe | None, Path, str]:
     if recipe.selected == "best":
         best = checkpoint.load(run / "ckpt", "best", say=lambda _: None).progress
         if best.step == 0 and recipe.model.head != "probe":
-            return None, run, "no epoch was better than its start: that is what ships, and more images would not change it"
+            return None, run, "no epoch was clearly better than its start, which ships: more images would not change it"
         if best.step == 0:
             update["max_steps"] = 0
-            message = f"no epoch of {run} was better than its start: fitting the start's head again, on validation images as well"
+            message = f"no epoch of {run} was clearly better than its start: fitting its head again, on validation images as well"
         elif best.epoch < recipe.train.epochs:
             message += f"; of that epoch {best.epoch} was the best, this one ends with its last"
     refit = recipe.model_copy(

@@ -222,6 +222,7 @@ def _run_epochs(session: Session, out: Path, events: Events) -> None:
                 if stop:
                     raise KeyboardInterrupt(f"saved at step {progress.step}")
             _end_epoch(session, out, events)
+    session.process.first(lambda: settle_best(out, recipe))  # before any process reads what ships, as for a refit
     if session.process.main:
         _end(out, events, progress, recipe)
 

@@ -100,7 +100,7 @@ def test_what_ships_has_fewer_epochs_where_the_machine_became_slow(ladder: Ladde
         ladder.outcomes[BASE] = replace(DONE, seconds=seconds)
         ladder._shorten()
         assert (ladder.epochs(base), ladder.epochs(final)) == (10, epochs)
-    assert lines == ["less time is left than was planned: what ships has 80 % of its epochs"]
+    assert lines == ["less time is left than was planned; epochs of what ships: final 8"]
     ladder.outcomes[BASE] = replace(DONE, seconds=900)
     ladder._shorten()
     assert ladder.epochs(final) == 8, "decided once"
