@@ -76,7 +76,7 @@ def test_a_start_whose_head_is_not_fitted_has_no_refit(
     out = trainer.train(one, tmp_path / "run")
     assert out == tmp_path / "run"
     assert not (tmp_path / "run-refit").exists()
-    assert "no epoch was clearly better than its start: that is what ships" in capsys.readouterr().err
+    assert "no epoch was clearly better than its start, which ships" in capsys.readouterr().err
     assert checkpoint.load(out / "ckpt", "best").progress.step == 0
 
 
