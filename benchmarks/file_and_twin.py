@@ -27,7 +27,8 @@ from fgvc.evaluation.compared import Images, collect_answers
 from fgvc.evaluation.paired import paired_gain
 from fgvc.evaluation.side import open_sides
 from fgvc.improvement.recipes import recipe_of, write_recipe
-from fgvc.improvement.task import Request, Task, look
+from fgvc.improvement.request import Request
+from fgvc.improvement.task import Task, look
 from fgvc.io.bits import pack, unpack
 from fgvc.runs.images import read_index
 from fgvc.runtime.bundle import read_json

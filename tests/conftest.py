@@ -6,8 +6,8 @@ import gc
 import hashlib
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
@@ -18,6 +18,7 @@ from PIL import Image
 
 from tests.charts import unpainted
 from tests.processes import end_all, plain_draws, start
+from tests.stand_ins import ForReal, stand_ins
 from tests.trained import Once
 
 
@@ -53,30 +54,18 @@ def _the_machine_does_not_die() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def painted() -> Iterator[Callable[[], AbstractContextManager[None]]]:
+def painted() -> Iterator[ForReal]:
     """Runs and scores write their charts without painting them (tests/charts.py): within `with painted():` they are painted. The
     functions that paint are tested where they are called by themselves."""
     if "torch" not in sys.modules:  # nothing trains in this session
         yield nullcontext
         return
-    charts = unpainted()
-    real = [(module, name, getattr(module, name)) for module, name, _ in charts]
-    with pytest.MonkeyPatch.context() as patch:
-        for chart in charts:
-            patch.setattr(*chart)
-
-        @contextmanager
-        def for_real() -> Iterator[None]:
-            with pytest.MonkeyPatch.context() as inner:
-                for chart in real:
-                    inner.setattr(*chart)
-                yield
-
+    with stand_ins(*unpainted()) as for_real:
         yield for_real
 
 
 @pytest.fixture(scope="session", autouse=True)
-def new_python(once: Once) -> Iterator[Callable[[], AbstractContextManager[None]]]:
+def new_python(once: Once) -> Iterator[ForReal]:
     """The independent plain graph is made once a session for equal arguments, in a forked process (tests/processes.py): within
     `with new_python():` it is made each time, in a new Python that first imports torch, as the product does."""
     if "torch" not in sys.modules:  # nothing is exported in this session
@@ -96,15 +85,7 @@ def new_python(once: Once) -> Iterator[Callable[[], AbstractContextManager[None]
             real(order)  # raises what the product says of it
             raise AssertionError((folder / "stderr").read_text())
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reference, "_two_draws", draws)
-
-        @contextmanager
-        def for_real() -> Iterator[None]:
-            with pytest.MonkeyPatch.context() as inner:
-                inner.setattr(reference, "_two_draws", real)
-                yield
-
+    with stand_ins((reference, "_two_draws", draws)) as for_real:
         yield for_real
 
 

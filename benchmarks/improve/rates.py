@@ -25,7 +25,8 @@ import yaml
 from fgvc import api
 from fgvc.config.loading import merge
 from fgvc.evaluation.paired import paired_gain
-from fgvc.improvement.task import Request, look
+from fgvc.improvement.request import Request
+from fgvc.improvement.task import look
 from fgvc.io.bits import pack, unpack
 
 RATES = ("3e-4", "1e-4", "1e-3")

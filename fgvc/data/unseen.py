@@ -75,6 +75,12 @@ class Unseen:
     judge: NDArray[np.int64]  # the new classifier against the deployed one; read once
     division: str = ""  # in words
 
+    def splits(self, images: int) -> NDArray[np.int8]:
+        """The split of each of the set's images (N,): val chooses, test judges, all others are learned from."""
+        splits = np.full(images, SPLITS.index("train"), np.int8)
+        splits[self.choose], splits[self.judge] = SPLITS.index("val"), SPLITS.index("test")
+        return splits
+
     @property
     def named(self) -> str:
         """Which images judge, as of `Pool.named`."""
@@ -147,10 +153,8 @@ def seen_rows(index: ImageIndex, seen: Path, ways: Ways) -> NDArray[np.int64]:
 def rows_learned_by(index: ImageIndex, bundle: Path) -> NDArray[np.int64]:
     """Rows that the net of a bundle learned from or was chosen by: of the set itself, and of the images beside it, all but those
     that the bundle lists as judging it; none of a place of which it lists nothing."""
-    wanted = set(_relative(read_judge(bundle)["images"], index.root))
-    paths = index.paths.tolist()
-    judging = np.array([path in wanted for path in paths], bool)
-    beside = np.array([path.startswith("../") for path in paths], bool)
+    judging = _listed(index, read_judge(bundle)["images"])
+    beside = np.fromiter((path.startswith("../") for path in index.paths), dtype=bool, count=len(index))
     learned = [place & ~judging for place in (beside, ~beside) if (place & judging).any()]
     return np.flatnonzero(np.any(learned, axis=0)) if learned else np.empty(0, np.int64)
 
@@ -234,10 +238,9 @@ def judged_apart(
     """The index for training from a deployed classifier's own weights: validation are the unseen images that choose (without
     `hold_out` learned from, too), test those that judge; all others are learned from. Errors as of `divide_unseen`."""
     unseen = divide_unseen(index, seen, learned=index.rows("train"), beside=beside)
-    splits = np.full(len(index), SPLITS.index("train"), np.int8)
-    splits[unseen.judge] = SPLITS.index("test")
-    if hold_out:
-        splits[unseen.choose] = SPLITS.index("val")
+    splits = unseen.splits(len(index))
+    if not hold_out:
+        splits[unseen.choose] = SPLITS.index("train")
     counts = ", ".join(f"{name} {int((splits == k).sum())}" for k, name in enumerate(SPLITS))
     recognised = f"{index.recognised}; {unseen}: {counts}"
     return replace(index, splits=splits, unseen=unseen.named, recognised=recognised)
@@ -262,14 +265,19 @@ def _named(index: ImageIndex, file: Path, key: str) -> NDArray[np.bool_]:
 def _among(index: ImageIndex, lines: Iterable[str], file: Path, key: str) -> NDArray[np.bool_]:
     """Which rows these paths name, which `file` lists."""
     lines = list(lines)
-    wanted = set(_relative(lines, index.root))
-    named = np.fromiter((str(path) in wanted for path in index.paths), dtype=bool, count=len(index))
+    named = _listed(index, lines)
     if not named.any():
         raise FgvcError(
             f"{key}: {file}: names none of the {len(index)} images in {index.root} ({some(lines, 2)}); paths are "
             "relative to that folder, or absolute"
         )
     return named
+
+
+def _listed(index: ImageIndex, paths: Iterable[str]) -> NDArray[np.bool_]:
+    """Which rows (N,) these paths are of."""
+    wanted = set(_relative(paths, index.root))
+    return np.fromiter((path in wanted for path in index.paths), dtype=bool, count=len(index))
 
 
 def _relative(lines: Iterable[str], root: Path) -> Iterable[str]:

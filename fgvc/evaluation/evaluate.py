@@ -116,8 +116,7 @@ def evaluate(
     name = split_name if views is None else f"{split_name}-{views}"
     files = _files(scores, calibrated, index.classes, split=split_name, stem="-".join([name, *run.suffix]))
     words = judged(index, split_name, scores.images)
-    asked = floor and views is None and select not in ("start", "floor")
-    pair = over_floor(run, sample.right, split_name, device=device) if asked else None
+    pair = over_floor(run, sample.right, split_name, device=device) if floor and views is None else None
     stored = run.store(files, {"metrics.json": {f"{name}.{select}": _numbers(scores, calibrated, words, pair)}})
     return Evaluation(
         run.folder, name, select, scores, sample.right, tuple(unreadable), index.classes, calibrated, stored, words,
@@ -133,8 +132,8 @@ def _numbers(scores: metrics.Scores, calibrated: Calibrated | None, words: str, 
 
 
 def over_floor(run: LoadedRun, right: Truths, split: Split, *, device: str | None) -> Paired | None:
-    """A run beside its floor on a split, whose readable images it names rightly or not (N,); None: it has none."""
-    if not has_floor(run.folder):
+    """A run beside its floor on a split, whose readable images it names rightly or not (N,); None: it has none, or is it."""
+    if run.select in ("start", "floor") or not has_floor(run.folder):
         return None
     floor = run.selecting("floor").answers(run.rows(split), device=device)
     refuse_no_numbers(floor.logits, run.folder)

@@ -107,7 +107,7 @@ def file_stack(
 
 
 def _complete(order: Order, file: Path, index: ImageIndex, *, prefix: str = "") -> tuple[str, ...]:
-    """A class an output. Raises OtherOrderError, with what was `said` before, where an output is of none."""
+    """A class an output. Raises OtherOrderError, its words after `prefix`, where an output is of none."""
     labels = order.stated or shown_labels(order)
     if UNASSIGNED in labels:
         outputs, classes = len(labels), len(index.classes)

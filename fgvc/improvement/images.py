@@ -130,10 +130,8 @@ def _for_file(root: Path, index: ImageIndex, seen: Seen, unseen: Path | None, bu
             f"{index.root}: the {len(apart.judge)} images that the file has not seen belong to one group, or are near copies of "
             "one image, so that none can choose while others judge; add others to the test split"
         )
-    splits = np.full(len(index), SPLITS.index("train"), np.int8)
-    splits[apart.choose], splits[apart.judge] = SPLITS.index("val"), SPLITS.index("test")
     rows = np.setdiff1d(np.arange(len(index)), np.union1d(apart.pool.copies, apart.pool.unreadable))
-    return Divided(index=replace(index, splits=splits), rows=rows, rule=f"{apart}{remark}")
+    return Divided(index=replace(index, splits=apart.splits(len(index))), rows=rows, rule=f"{apart}{remark}")
 
 
 def refuse_faulty(divided: Divided) -> tuple[str, ...]:

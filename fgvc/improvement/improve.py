@@ -28,10 +28,11 @@ from fgvc.improvement.ladder import BASE, FINAL, PLAIN, Plan, candidates, plan_l
 from fgvc.improvement.on_ray import refuse_missing_ray
 from fgvc.improvement.page import write_page
 from fgvc.improvement.recipes import merged, recipe_of, write_recipe
+from fgvc.improvement.request import Request, refuse_other_words
 from fgvc.improvement.rungs import Ladder
 from fgvc.improvement.search import held, join, refuse_missing
 from fgvc.improvement.side_by_side import Ended, Job, Workers, last_json, workers
-from fgvc.improvement.task import Request, Task, look, refuse_other_words
+from fgvc.improvement.task import Task, look
 from fgvc.improvement.verdict import Verdict, judge, read_verdict
 from fgvc.improvement.view import View
 from fgvc.improvement.work import Timing

@@ -23,7 +23,8 @@ from fgvc.report.render import render
 from fgvc.runtime.bundle import load_bundle
 
 if TYPE_CHECKING:
-    from fgvc.improvement.rungs import Ladder, Outcome
+    from fgvc.improvement.outcome import Outcome
+    from fgvc.improvement.rungs import Ladder
 
 SHOWN = 12  # repaired pictures, and as many broken ones
 

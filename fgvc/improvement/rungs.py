@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import errno
-import math
 import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +32,7 @@ from fgvc.improvement.ladder import (
     old_teachers,
 )
 from fgvc.improvement.on_ray import share_on_ray
+from fgvc.improvement.outcome import Outcome, Status
 from fgvc.improvement.recipes import Tree, merged, recipe_of, write_recipe
 from fgvc.improvement.search import SPACE, Space, best_trial, search
 from fgvc.improvement.side_by_side import Ended, Job, Workers, threads_of
@@ -45,7 +45,6 @@ from fgvc.runs.validated import named_rightly
 from fgvc.runtime.bundle import read_json
 from fgvc.training.interpolate import right_by_share
 
-Status = Literal["done", "dropped", "failed"]
 UNCHOSEN_SHARE = 0.8  # of the way, best in the mean of three deployed files at 3e-4 (benchmarks/improve/rates.csv)
 IS_PLAIN = "what ships is the plain recipe"
 SHORTEST = 0.5  # of what was planned for what ships, that rungs which take longer than planned leave; then they are stopped
@@ -53,22 +52,6 @@ LEAST_FREE = 100 * 2**20  # bytes of the disk: with less a failure is taken for 
 BETWEEN = "between"  # of the net between a run's start and its end that the images that choose like best
 Say = Callable[[str], None]
 Tick = Callable[[Sequence[Job]], None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """What became of a rung."""
-
-    status: Status
-    reason: str = ""
-    right: int = 0  # of the images that choose
-    of: int = 0
-    seconds: float = 0.0  # that it took
-    share: float = 1.0  # of the way from its start to its end, where it is best: that is what is right
-
-    @property
-    def accuracy(self) -> float:
-        return self.right / self.of if self.of else math.nan
 
 
 class Ladder:
@@ -238,9 +221,8 @@ class Ladder:
     def _was_finished(self, rung: Rung) -> bool:
         """Whether all of a rung's runs, and the nets between their starts and ends, are there."""
         runs = self.runs(rung)
-        if not all(_is_finished(self.run(name)) for name in runs):
-            return False
-        return not self._has_way(rung) or all(self.run(f"{name}-{BETWEEN}").is_dir() for name in runs)
+        ways = not self._has_way(rung) or all(self.run(f"{name}-{BETWEEN}").is_dir() for name in runs)
+        return ways and all(checkpoint.is_finished(self.run(name) / "ckpt") for name in runs)
 
     def _has_way(self, rung: Rung) -> bool:
         """Whether the nets between a rung's start and end are scored."""
@@ -402,13 +384,6 @@ class Ladder:
         if length < 1:
             cut = ", ".join(f"{rung.name} {self.epochs(rung)}" for rung in rungs)
             self.say(f"less time is left than was planned; epochs of what ships: {cut}")
-
-
-def _is_finished(run: Path) -> bool:
-    try:
-        return checkpoint.read_progress(run / "ckpt").finished
-    except FgvcError:  # there is none yet
-        return False
 
 
 def right_on_choose(run: Path) -> NDArray[np.bool_]:

@@ -5,9 +5,9 @@ Decided once and recorded: `task.json`, `images.csv`, and `deployed/` with the f
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,13 @@ from fgvc.config.loading import merge, read_tree
 from fgvc.config.models import Model
 from fgvc.config.shipped import recipe_file
 from fgvc.data.deployed import PREPROCESS
-from fgvc.data.unseen import Seen
 from fgvc.errors import FgvcError, UndecidedError
 from fgvc.evaluation.file_stack import DeniedStackError, OtherOrderError, UndecidedStackError, file_stack
 from fgvc.exporting.inspect import Inspection, inspect_file
 from fgvc.images.preprocess import described
 from fgvc.improvement.images import Divided, divide, refuse_faulty
 from fgvc.improvement.recipes import recipe_of
+from fgvc.improvement.request import Request, refuse_other_words
 from fgvc.improvement.unlabelled import list_unlabelled
 from fgvc.improvement.verdict import least_gain
 from fgvc.io.files import as_json, make_folder, write_atomic
@@ -39,52 +39,6 @@ BASE = "any/plain"
 MUCH = 0.02  # of a gain, below which none can be shown
 PREPROCESS_SHARE = 1 / 8  # of the budget, for the search of a preprocessing that nobody remembers
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """What the command asks for."""
-
-    target: str  # a deployed .onnx file, or timm's name of a net
-    data: Path
-    budget: float  # seconds
-    labels: Path | None = None
-    preprocess: Path | None = None
-    seen: Seen = "train"
-    unseen: Path | None = None
-    unlabelled: Path | None = None
-    starts: tuple[str, ...] = ()
-    size: tuple[int, int] | None = None  # of the network's input, where no file says it
-    seed: int = 0
-    max_negative_flips: str | None = None  # the gate: the deployed file teaches, too
-    min_gain: float | None = None
-    search: bool = False  # around the winner's settings, see `fgvc.improvement.search`
-
-    @property
-    def file(self) -> Path | None:
-        """The deployed file; None: a net of timm's."""
-        return Path(self.target).expanduser() if self.target.lower().endswith(".onnx") or Path(self.target).is_file() else None
-
-    def command(self, out: Path) -> str:
-        """The command line that asks for it."""
-        words = ["fgvc", "improve", self.target, str(self.data), "--budget", f"{self.budget / 60:g}m", "-o", str(out)]
-        size = None if self.size is None else "x".join(map(str, self.size))
-        options = {
-            "labels": self.labels, "preprocess": self.preprocess, "unseen": self.unseen, "unlabelled": self.unlabelled,
-            "size": size, "seen": None if self.seen == "train" else self.seen, "seed": self.seed or None,
-            "min-gain": self.min_gain, "max-negative-flips": self.max_negative_flips,
-        }  # fmt: skip
-        for option, value in [*options.items(), *(("start", text) for text in self.starts)]:
-            words += [] if value is None else [f"--{option}", str(value)]
-        words += ["--search"] * self.search
-        return shlex.join(words)
-
-    @property
-    def record(self) -> dict[str, Any]:
-        """What a resumed command must ask for again, from whatever folder; more time may be given."""
-        asked = {key: value for key, value in asdict(self).items() if key != "budget"}
-        asked |= {"target": self.file or self.target, "starts": tuple(map(absolute_start, self.starts))}
-        return {key: str(value.absolute()) if isinstance(value, Path) else value for key, value in asked.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,15 +93,6 @@ class Task:
         return [what, f"{counts}: {self.rule}", *(f"warning: {doubt}" for doubt in doubts)]
 
 
-def absolute_start(text: str) -> str:
-    """`NAME=FILE` or `FILE` with the file's absolute path; other words as they are."""
-    named, _, weights = text.partition("=")
-    if Path(text).expanduser().is_file() or not weights:
-        named, weights = "", text
-    file = Path(weights).expanduser()
-    return "=".join([*[named] * bool(named), str(file.absolute())]) if file.is_file() else text
-
-
 def look(request: Request, out: Path, say: Say) -> Task:
     """Look at all that is given, and decide; or read what an earlier session decided.
 
@@ -159,20 +104,17 @@ def look(request: Request, out: Path, say: Say) -> Task:
         task = _task(read_json(record, dict)["task"])
         _refuse_replaced(request, task, out)
         return task
-    starts = map(absolute_start, request.starts)
-    models = _several(lambda: _refuse_absent(request), *(lambda text=text: start_model(text) for text in starts))[1:]
+    places = (
+        ("", request.file), ("", request.data), ("--labels ", request.labels), ("--preprocess ", request.preprocess),
+        ("--unseen ", request.unseen), ("--unlabelled ", request.unlabelled),
+    )  # fmt: skip
+    checks = [partial(_refuse_absent, *place) for place in places]
+    if request.file is None:
+        checks.append(partial(_refuse_no_net, request.target))
+    models = _several(*checks, *(partial(start_model, text) for text in request.absolute_starts))[len(checks) :]
     task = _of_file(request, request.file, models, out, say) if request.file is not None else _of_name(request, models, out, say)
     write_atomic(record, as_json({"request": request.record, "task": asdict(task)}))
     return task
-
-
-def refuse_other_words(request: Request, out: Path) -> None:
-    """Raise FgvcError where the folder's improvement was begun with other words than the request's."""
-    stored = read_json(out / "task.json", dict)["request"]
-    if changed := [key for key, value in request.record.items() if _plain(value) != stored.get(key)]:
-        raise FgvcError(
-            f"{out}: was begun with other words ({few(changed)} differ): give the same ones to go on, or choose another --out"
-        )
 
 
 def _refuse_replaced(request: Request, task: Task, out: Path) -> None:
@@ -184,10 +126,6 @@ def _refuse_replaced(request: Request, task: Task, out: Path) -> None:
             f"{request.file}: is another file than the one that {out} was begun with ({task.file}); choose another --out for it, "
             "or put that one back to go on"
         )
-
-
-def _plain(value: Any) -> Any:
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
 def _task(stored: dict[str, Any]) -> Task:
@@ -208,28 +146,19 @@ def _several(*checks: Callable[[], Any]) -> list[Any]:
     return results
 
 
-def _refuse_absent(request: Request) -> None:
-    """Raise FgvcError with all that is not there, or no file."""
-    absent = []
-    for option, path in (
-        ("", request.file), ("", request.data), ("--labels ", request.labels), ("--preprocess ", request.preprocess),
-        ("--unseen ", request.unseen), ("--unlabelled ", request.unlabelled),
-    ):  # fmt: skip
-        if path is not None and not path.expanduser().exists():
-            absent.append(f"{option}{path}: no such file or folder")
-        elif path is not None and option in ("--labels ", "--preprocess ") and path.is_dir():
-            absent.append(f"{option}{path}: is a folder; name the file in it")
-    if request.file is None and (folder := Path(request.target).expanduser()).is_dir():
+def _refuse_absent(option: str, path: Path | None) -> None:
+    if path is not None and not path.expanduser().exists():
+        raise FgvcError(f"{option}{path}: no such file or folder")
+    if path is not None and option in ("--labels ", "--preprocess ") and path.is_dir():
+        raise FgvcError(f"{option}{path}: is a folder; name the file in it")
+
+
+def _refuse_no_net(target: str) -> None:
+    """Raise FgvcError where what is no file is no name of a net either."""
+    if (folder := Path(target).expanduser()).is_dir():
         model = folder / "model.onnx"
-        near = f": {model}" if model.is_file() else ""
-        absent.append(f"{request.target}: is a folder; name the deployed file in it{near}")
-    elif request.file is None:
-        try:
-            refuse_unknown(request.target)
-        except FgvcError as error:
-            absent.append(str(error))
-    if absent:
-        raise FgvcError("\n".join(absent))
+        raise FgvcError(f"{target}: is a folder; name the deployed file in it" + f": {model}" * model.is_file())
+    refuse_unknown(target)
 
 
 def _of_file(request: Request, file: Path, models: Sequence[Model], out: Path, say: Say) -> Task:

@@ -133,6 +133,11 @@ def read_progress(folder: Path, *, say: Say | None = None) -> Progress:
     return _newest(folder, "last", lambda path, meta: meta.progress, say)
 
 
+def is_finished(folder: Path) -> bool:
+    """Whether a run's newest intact checkpoint is its last; not where it has none yet. Raises FgvcError where all are damaged."""
+    return (folder / "last").exists() and read_progress(folder).finished
+
+
 def load(folder: Path, name: Name = "last", *, device: torch.device | str = "cpu", say: Say | None = None) -> State:
     """Read the checkpoint that `ckpt/<name>` points at, each file checked by its SHA-256. Where `last` is damaged or gone it is
     the newest whole one, and `say` (by default stderr) is told so. Raises FgvcError where there is none."""

@@ -122,13 +122,16 @@ def _name(model: Model) -> str:
     return stem if stem.startswith(model.name) else f"{model.name} ({stem})"
 
 
+def named_weights(text: str) -> tuple[str, str]:
+    """The net's name, empty where none is given, and the weights of NAME=WEIGHTS or WEIGHTS."""
+    named, _, weights = text.partition("=")
+    return ("", text) if Path(text).expanduser().is_file() or not weights else (named, weights)
+
+
 def start_model(text: str) -> Model:
     """Parse the net and its weights, see WRITE. A file's name may have a `=` in it. Raises FgvcError where there is no such file,
     or nothing tells which net it is of."""
-    path = Path(text).expanduser()
-    named, _, weights = text.partition("=")
-    if path.is_file() or not weights:
-        weights, named = text, ""
+    named, weights = named_weights(text)
     file = Path(weights).expanduser()
     if weights not in ("hub", "packaged") and not file.is_file():
         near = "" if named else f"; give {WRITE}"

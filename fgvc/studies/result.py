@@ -99,7 +99,7 @@ def finished(cell: Cell, run: Path) -> bool:
             f"{run}: was trained on other images than {cell.recipe.data.root} has now: restore the set as it was, or choose "
             "another --out for a study of what it is now"
         )
-    return (run / "ckpt" / "last").exists() and checkpoint.read_progress(run / "ckpt").finished
+    return checkpoint.is_finished(run / "ckpt")
 
 
 def measure(cell: Cell, folder: Path, split: ScoredSplit, *, cost: float, localise: bool) -> Result:

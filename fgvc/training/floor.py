@@ -18,13 +18,12 @@ from torch import Tensor, nn
 
 from fgvc.config.recipe import Recipe
 from fgvc.data.splits import fold_numbers
-from fgvc.data.unseen import FEWEST_TO_CHOOSE
 from fgvc.errors import FgvcError
 from fgvc.evaluation.paired import Paired, beside_floor, compare_predictions, standing
 from fgvc.models.probe import Probe, fit_probe, linear_head, put_head
 from fgvc.runs import checkpoint
 from fgvc.training.session import Predictions, Session
-from fgvc.training.settle import chooses_epochs
+from fgvc.training.settle import chooses_epochs, needs_margin
 from fgvc.training.start import HeadFit, ViewFeatures, fit_net_probe, view_features
 
 BEST_EPOCH_REMARK = "the epoch was chosen by these images, which flatters it a little"
@@ -165,9 +164,8 @@ class FloorComparison:
         pair = self.pair
         message = f"validation top-1 {100 * pair.b_right.mean():.2f} % of {pair.images} images, {beside_floor(pair)}"
         if recipe.selected == "best" and chooses_epochs(recipe, pair.images):
-            margin = recipe.select_by == "top1" and pair.images >= FEWEST_TO_CHOOSE
-            none = NO_EPOCH_REMARK + " by more than one standard error" * margin
-            message += "; " + (BEST_EPOCH_REMARK if self.step else none)
+            margin = " by more than one standard error" * needs_margin(recipe, pair.images)
+            message += "; " + (BEST_EPOCH_REMARK if self.step else NO_EPOCH_REMARK + margin)
         elif recipe.selected == "best":
             message += "; " + (FEW_REMARK if self.step else "the start ships")
         return [message, *([f"WARNING: that is below the floor: {_advice(recipe)}"] if pair.gain < 0 else [])]

@@ -21,6 +21,11 @@ def chooses_epochs(recipe: Recipe, images: int) -> bool:
     return images >= FEWEST_TO_CHOOSE or recipe.select_by != "top1" or recipe.train.patience is not None
 
 
+def needs_margin(recipe: Recipe, images: int) -> bool:
+    """Whether an epoch ships only if so many validation images like it better than the start by more than one standard error."""
+    return images >= FEWEST_TO_CHOOSE and recipe.select_by == "top1"
+
+
 def few_words(images: int) -> list[str]:
     """Words on validation images that are too few to rest on."""
     if not 0 < images < FEWEST:
@@ -35,20 +40,23 @@ def settle_best(out: Path, recipe: Recipe) -> None:
     """Point `ckpt/best` of a finished run at what ships (docs/floor.md). Where enough images validate: the best of its epochs, if
     that is better than the start by more than one standard error, else the start. Where fewer do: its end, or its start if that
     is better by as much. The same run gives the same choice, however often."""
-    if recipe.selected != "best" or recipe.select_by != "top1":
+    if recipe.selected != "best":
         return
     try:
-        images = len(named_rightly(out)[0])
-        chooses = chooses_epochs(recipe, images)
-        if not images or (chooses and images < FEWEST_TO_CHOOSE):  # patience: the epoch that few chose ships
+        rows, trained = named_rightly(out)
+        few = not chooses_epochs(recipe, len(rows))
+        if not len(rows) or not (few or needs_margin(recipe, len(rows))):
             return
-        (start_rows, start), (rows, trained) = named_rightly(out, "start"), named_rightly(out, "best" if chooses else "last")
+        if not few:
+            rows, trained = named_rightly(out, "best")
+        start_rows, start = named_rightly(out, "start")
     except FgvcError:  # it is gone
         return
     _, ours, theirs = np.intersect1d(start_rows, rows, return_indices=True)
-    if not len(ours):
+    start, trained = start[ours], trained[theirs]
+    if not len(start):
         return
-    if chooses and not beats(start[ours], trained[theirs]):
+    if few:
+        checkpoint.choose_best(out / "ckpt", "start" if beats(trained, start) else "last")
+    elif not beats(start, trained):
         checkpoint.choose_best(out / "ckpt", "start")
-    elif not chooses:
-        checkpoint.choose_best(out / "ckpt", "start" if beats(trained[theirs], start[ours]) else "last")

@@ -121,6 +121,7 @@ def _say_finished(recipe: Recipe, out: Path, events: Events) -> None:
     progress = checkpoint.read_progress(out / "ckpt", say=events.say)
     if events.active and not logged_finished(out):
         with events.watched(recipe, progress.step):
+            settle_best(out, recipe)
             _end(out, events, progress, recipe)
     advice = f"To go on raise {end_setting(recipe, progress)}; to lose it give --overwrite"
     events.say(f"{out}: this run is finished. {advice}")
@@ -222,14 +223,13 @@ def _run_epochs(session: Session, out: Path, events: Events) -> None:
                 if stop:
                     raise KeyboardInterrupt(f"saved at step {progress.step}")
             _end_epoch(session, out, events)
-    session.process.first(lambda: settle_best(out, recipe))  # before any process reads what ships, as for a refit
+    session.process.first(lambda: settle_best(out, recipe))  # a refit reads in each process what ships
     if session.process.main:
         _end(out, events, progress, recipe)
 
 
 def _end(out: Path, events: Events, progress: checkpoint.Progress, recipe: Recipe) -> None:
     """Write what follows the last checkpoint: curves, the comparison with the floor, and the event that ends the log."""
-    settle_best(out, recipe)
     write_atomic(out / "plots" / "curves.png", plot_curves(progress.history))
     comparison = floor_comparison(out, recipe)
     facts = {} if comparison is None else {"standing": comparison.facts}

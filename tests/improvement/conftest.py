@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,14 @@ from PIL import Image
 from fgvc.improvement import work
 from fgvc.improvement.improve import run_improvement
 from fgvc.improvement.ladder import BASE, Plan, plan_ladder
+from fgvc.improvement.request import Request
 from fgvc.improvement.side_by_side import Workers
-from fgvc.improvement.task import Request, look
+from fgvc.improvement.task import look
 from fgvc.improvement.work import Timing
 from fgvc.io.files import as_json
 from tests.models.onnxnet import small
 from tests.processes import Piped
+from tests.stand_ins import ForReal, stand_ins
 from tests.trained import Once
 
 NAMES = ("red", "purple", "green", "blue", "yellow")  # of the outputs
@@ -33,10 +34,9 @@ SPEC = {
 
 
 @pytest.fixture(scope="session", autouse=True)
-def new_python_for_rungs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], AbstractContextManager[None]]]:
+def new_python_for_rungs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForReal]:
     """What begins the rungs is forked, and paints no chart (tests/processes.py): within `with new_python_for_rungs():` it is a
     new Python, as in the product."""
-    real = Workers._started
 
     def forked(pool: Workers) -> Any:
         if pool._server is None:
@@ -45,15 +45,7 @@ def new_python_for_rungs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[C
             pool._server = server
         return pool._server
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Workers, "_started", forked)
-
-        @contextmanager
-        def for_real() -> Iterator[None]:
-            with pytest.MonkeyPatch.context() as inner:
-                inner.setattr(Workers, "_started", real)
-                yield
-
+    with stand_ins((Workers, "_started", forked)) as for_real:
         yield for_real
 
 
@@ -114,9 +106,7 @@ def planned(request: Request, out: Path, *others: str, step: float = 0.01) -> Pl
 
 
 @pytest.fixture(scope="session")
-def better(
-    once: Once, deployed: Path, pictures: Path, new_python_for_rungs: Callable[[], AbstractContextManager[None]]
-) -> Path:
+def better(once: Once, deployed: Path, pictures: Path, new_python_for_rungs: ForReal) -> Path:
     """The folder of a finished improvement, all of it as the product does it."""
 
     def make(folder: Path) -> None:

@@ -27,9 +27,10 @@ from fgvc.evaluation.side import open_sides
 from fgvc.exporting.deployed import compare_written
 from fgvc.improvement.improve import _claimed, run_improvement
 from fgvc.improvement.ladder import TAUGHT
+from fgvc.improvement.request import Request
 from fgvc.improvement.rungs import right_on_choose
 from fgvc.improvement.side_by_side import Ended, Job, Workers
-from fgvc.improvement.task import Request, look
+from fgvc.improvement.task import look
 from fgvc.improvement.view import View
 from fgvc.improvement.work import Timing
 from fgvc.runs.images import read_index

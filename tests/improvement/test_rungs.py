@@ -13,10 +13,12 @@ import pytest
 from fgvc.errors import FgvcError
 from fgvc.improvement.clock import Clock
 from fgvc.improvement.ladder import BASE, FINAL, PLAIN, STUDENT, Plan, Rung
-from fgvc.improvement.rungs import Ladder, Outcome
+from fgvc.improvement.outcome import Outcome
+from fgvc.improvement.rungs import Ladder
 from fgvc.improvement.side_by_side import Ended, Job, Workers
 from fgvc.improvement.task import Task
 from fgvc.io.bits import pack
+from fgvc.runs import checkpoint
 
 WEIGHTS = {"model": {"weights": "deployed", "head": "probe"}}
 DONE = Outcome(status="done")
@@ -67,7 +69,7 @@ def test_a_run_that_ended_before_a_kill_counts_though_the_time_is_up(
 
     write_points(ladder, BASE, {0.5: [1, 1, 1, 0], 1.0: [1, 0, 0, 0]}, 0.5)
     monkeypatch.setattr(Workers, "run", run)
-    monkeypatch.setattr("fgvc.improvement.rungs._is_finished", lambda run: run.name == BASE)
+    monkeypatch.setattr(checkpoint, "is_finished", lambda folder: folder.parent.name == BASE)
     monkeypatch.setattr(ladder, "_seconds", lambda name, seconds: 60.0)
     assert ladder._run("tune") == [BASE]
     assert (ladder.outcomes[BASE].right, ladder.outcomes[BASE].share) == (3, 0.5)

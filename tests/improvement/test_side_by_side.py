@@ -7,7 +7,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from fgvc.improvement.side_by_side import Ended, Job, Workers, workers
 from fgvc.improvement.work import _wait_for
 from fgvc.io.files import file_lock
 from fgvc.runs.folder import LOCK
+from tests.stand_ins import ForReal
 
 
 def hanging(folder: Path) -> Job:
@@ -64,7 +64,7 @@ def test_the_message_of_a_process_is_of_this_session(log: bytes | None, code: in
 
 
 def test_processes_that_hear_of_no_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, new_python_for_rungs: Callable[[], AbstractContextManager[None]]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, new_python_for_rungs: ForReal
 ) -> None:
     """One that hangs when time is up is killed; those of a process that was killed itself end with it."""
     children, ended = list[int](), list[Ended]()

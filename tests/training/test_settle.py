@@ -10,7 +10,7 @@ import pytest
 from fgvc.config.recipe import Recipe
 from fgvc.runs import checkpoint
 from fgvc.runs.record import NAME, load
-from fgvc.training import floor, settle, trainer
+from fgvc.training import settle, trainer
 from fgvc.training.settle import chooses_epochs, settle_best
 from tests.training.test_start import pretrained, recipe  # noqa: F401
 
@@ -57,8 +57,7 @@ def test_an_epoch_ships_where_enough_images_like_it_clearly_better_than_the_star
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    for module in (settle, floor):
-        monkeypatch.setattr(module, "FEWEST_TO_CHOOSE", 5)
+    monkeypatch.setattr(settle, "FEWEST_TO_CHOOSE", 5)
     more = {"train": {"epochs": 4}, "optim": {"lr": rate, "warmup_epochs": 0}, "model": {"head": head}}
     run = trainer.train(recipe(pretrained, **more), tmp_path / "run")
     best = checkpoint.load(run / "ckpt", "best").progress.step
