@@ -167,7 +167,7 @@ class Train(Section):
     refit: bool = Field(
         False,
         description="once the run has finished, train again on the validation split as well, all else equal, in a folder of its "
-        "own beside it (NAME-refit): what ships then. Where no epoch was better than the start, only the head is "
+        "own beside it (NAME-refit): what ships then. Where no epoch was clearly better than the start, only the head is "
         "fitted anew, and without a fitted head (model.head: probe) there is no second run",
     )
     sampling: Literal["uniform", "balanced"] = Field(

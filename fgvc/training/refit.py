@@ -11,7 +11,7 @@ from fgvc.runs.folder import read_run
 
 def refit_recipe(run: Path) -> tuple[Recipe | None, Path, str]:
     """Return recipe and folder of the refit of a finished run, and a message about it. It trains for all epochs of the run: no
-    validation is left to choose one by. Where validation scored no epoch above the start, the refit is the start alone, its head
+    validation is left to choose one by. Where no epoch was clearly better than the start, the refit is the start alone, its head
     fitted anew; where no head is fitted, that would be the same weights again: the recipe is None, and the folder the run's."""
     recipe = read_run(run)
     out, message = run.with_name(f"{run.name}-refit"), f"training again on training and validation images together, as {run} was"
