@@ -9,9 +9,12 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+import pytest
 
 from fgvc.config.recipe import Recipe
 
@@ -54,3 +57,21 @@ class Once:
 def copied(run: Path, folder: Path) -> Path:
     """A run, or a bundle, of one's own: `folder/<its name>`."""
     return Path(shutil.copytree(run, folder / run.name, symlinks=True))
+
+
+@contextmanager
+def copied_at(step: int, folder: Path) -> Iterator[None]:
+    """Within this, a run is copied as `folder` right after it has saved the checkpoint of `step`: what a kill then would leave."""
+    from fgvc.runs import checkpoint
+
+    save = checkpoint.save
+
+    def saved(place: Path, state: checkpoint.State, **settings: bool | int) -> None:
+        save(place, state, **settings)  # type: ignore[arg-type]
+        if state.progress.step == step:
+            shutil.copytree(place.parent, folder, symlinks=True)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "save", saved)
+        yield
+    assert folder.is_dir(), f"no checkpoint was saved at step {step}"

@@ -20,6 +20,7 @@ from fgvc.errors import FgvcError
 from fgvc.reparam.plain import strip
 from fgvc.runs.build import build_net
 from fgvc.training import trainer
+from tests.trained import copied_at
 
 FALLING = [[0, 1], [1, 0]]  # some steps are left to those that learn from whole labels
 SETTINGS: dict[str, list[dict]] = {
@@ -217,14 +218,14 @@ def test_a_combination_trains_resumes_and_strips(row: Row, precision: str, tmp_p
         "train": boxed_tree["train"]
         | {key: chosen[key] for key in ("grad_accum_steps", "grad_checkpointing", "sampling")}
         | {"precision": precision},
+        "checkpoint": {"every_steps": 3},  # within the second epoch
         **{key: chosen[key] for key in ("ema", "swa", "loss")},
         "optim": boxed_tree["optim"] | {"sam": chosen["sam"]},
     }
     recipe = validate(Recipe, tree, where="test")
-    part = recipe.model_copy(update={"train": recipe.train.model_copy(update={"max_steps": 3})})
-    run = trainer.train(part, tmp_path / "run")
-    trainer.train(recipe, run)
-    whole = trainer.train(recipe, tmp_path / "whole")
+    with copied_at(3, tmp_path / "killed"):
+        whole = trainer.train(recipe, tmp_path / "whole")
+    run = trainer.train(recipe, tmp_path / "killed")
     average = ["ema"] if chosen["ema"] or chosen["swa"] else []
     for name in ("net", "branches", *average):
         again, once = (load_file(place / "ckpt" / "last" / f"{name}.safetensors") for place in (run, whole))

@@ -26,7 +26,7 @@ from fgvc.reparam.plain import strip
 from fgvc.runs.build import build_net
 from fgvc.techniques.registry import build_technique
 from fgvc.training import trainer
-from tests.trained import Once
+from tests.trained import Once, copied_at
 
 NETS = {"cnn": "test_resnet", "vit": "test_vit"}
 KWARGS = {"cnn": {}, "vit": {"img_size": 64}}
@@ -50,8 +50,9 @@ def weights(run: Path, name: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(params=CASES, ids=lambda case: "-".join(map(str, case)), scope="module")
-def trained(request, boxed_few, once: Once) -> tuple[Recipe, Path, Path]:
-    """One uninterrupted run and its plain twin, made once for all the tests of a technique."""
+def trained(request, boxed_few, once: Once, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path, Path, Path]:
+    """One uninterrupted run, what a kill within its third epoch would have left, and its plain twin, made once for all the tests
+    of a technique."""
     kind, net = request.param
     tree = {"data": {"kind": "cub", "root": str(boxed_few), "val_fraction": 0.2}, "image": {"size": 64}}
     tree |= {"train": {"batch_size": 8, "workers": 0}, "optim": {"lr": 0.02, "warmup_epochs": 0.5}}
@@ -62,7 +63,10 @@ def trained(request, boxed_few, once: Once) -> tuple[Recipe, Path, Path]:
         if f"techniques.{kind}" not in str(error):  # a refusal names the technique
             raise
         pytest.skip(f"refused by name: {error}")
-    return own, once.run(own), once.run(recipe(tree, None, net), name="plain")
+    killed = tmp_path_factory.mktemp("killed") / "run"
+    with copied_at(8, killed):
+        run = trainer.train(own, killed.parent / "whole")
+    return own, run, killed, once.run(recipe(tree, None, net), name="plain")
 
 
 def losses(run: Path) -> list[float]:
@@ -71,13 +75,13 @@ def losses(run: Path) -> list[float]:
 
 
 def test_the_loss_is_finite_and_falls(trained) -> None:
-    _, run, _ = trained
+    _, run, *_ = trained
     assert np.isfinite(losses(run)).all()
     assert losses(run)[-1] < losses(run)[0]
 
 
 def test_it_changes_what_is_learned(trained) -> None:
-    recipe, run, plain = trained
+    recipe, run, _, plain = trained
     kind = next((k for k in settings_by_kind() if getattr(recipe.techniques, k) is not None), None)
     if kind is None:
         assert all(torch.equal(a, weights(plain, "net")[k]) for k, a in weights(run, "net").items()), "the same twice"
@@ -85,24 +89,22 @@ def test_it_changes_what_is_learned(trained) -> None:
         assert losses(run) != losses(plain)
 
 
-def test_killed_and_resumed_it_ends_with_the_same_bits(trained, tmp_path: Path) -> None:
-    recipe, run, _ = trained
-    part = recipe.model_copy(update={"train": recipe.train.model_copy(update={"max_steps": 7})})
-    trainer.train(part, tmp_path / "run")
-    trainer.train(recipe, tmp_path / "run")
+def test_killed_and_resumed_it_ends_with_the_same_bits(trained) -> None:
+    recipe, run, killed, _ = trained
+    trainer.train(recipe, killed)
     for name in ("net", "branches", "ema"):
-        again, once = weights(tmp_path / "run", name), weights(run, name)
+        again, once = weights(killed, name), weights(run, name)
         assert again.keys() == once.keys()
         for key, value in once.items():
             assert torch.equal(value, again[key]), f"{name}: {key}"
-    states = [torch.load(place / "ckpt" / "last" / "state.pt", weights_only=True) for place in (run, tmp_path / "run")]
+    states = [torch.load(place / "ckpt" / "last" / "state.pt", weights_only=True) for place in (run, killed)]
     for key, value in states[0]["optimizer"]["state"].items():
         torch.testing.assert_close(value, states[1]["optimizer"]["state"][key], rtol=0, atol=0)
-    assert losses(run) == losses(tmp_path / "run")
+    assert losses(run) == losses(killed)
 
 
 def test_it_strips_to_the_plain_net_and_its_graph(trained) -> None:
-    recipe, run, _ = trained
+    recipe, run, *_ = trained
     net = build_net(recipe, 3, pretrained=False).step.net
     net.load_state_dict(weights(run, "ema"))
     net.eval().double()
