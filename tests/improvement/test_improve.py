@@ -113,7 +113,7 @@ def test_a_file_that_nothing_is_better_than(better: Path, pictures: Path, tmp_pa
         shutil.copy(better / "bundle" / name, tmp_path / "file" / name)
     request = request_for(tmp_path / "file" / "model.onnx", pictures)
     out = tmp_path / "better"
-    plan = planned(request, out, TAUGHT)
+    plan = planned(request, out, TAUGHT, step=5)
     assert [rung.name for rung in plan.rungs] == ["probe-deployed", "base", "taught", "student", "final", "plain"]
     result = run_improvement(request, out)
     assert result.exit_code == 3
