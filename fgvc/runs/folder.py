@@ -274,8 +274,9 @@ def continue_run(out: Path, recipe: Recipe, index: ImageIndex) -> None:
 def update_settings(out: Path, recipe: Recipe, *, recorded: bool = False) -> None:
     """Write a finished run's settings that may change, such as where its images lie now; what was measured stays. Raises
     FgvcError where they are other images."""
-    recipe = resumed_recipe(recipe, read_run(out))
-    if recipe != read_run(out):
+    recorded_recipe = read_run(out)
+    recipe = resumed_recipe(recipe, recorded_recipe)
+    if recipe != recorded_recipe:
         resumed_index(out, recipe, recorded=recorded)
         write_atomic(out / "config.yaml", dump(deployed.as_kept(recipe)))
 
@@ -331,11 +332,10 @@ def required_start(out: Path, recipe: Recipe) -> checkpoint.State | None:
 
 @dataclass(frozen=True, slots=True)
 class TrainedWeights:
-    """Trained weights of a net, and of the branches beside it."""
+    """Trained weights of a net, and the checkpoint that they are from."""
 
     weights: Mapping[str, Tensor]
-    branches: Mapping[str, Tensor]
-    identity: str | None = None  # of the checkpoint that they are from
+    state: checkpoint.State
 
 
 def selected_weights(out: Path, recipe: Recipe, select: Selected) -> TrainedWeights:
@@ -353,7 +353,7 @@ def selected_weights(out: Path, recipe: Recipe, select: Selected) -> TrainedWeig
         raise FgvcError(f"{out}: has no floor: random first weights, a head that is not linear, or a run of an earlier fgvc")
     averaged = select in ("ema", "swa") or (select == "best" and recipe.selected != "last" and state.ema is not None)
     weights = {**((state.ema if averaged else state.net) or {}), **((state.floor or {}) if select == "floor" else {})}
-    trained = TrainedWeights(weights, state.branches, state.identity)
+    trained = TrainedWeights(weights, state)
     if bad := not_finite(trained.weights):
         raise FgvcError(
             f"{out}: its weights ({select}) hold values that are NaN or infinite, so its answers mean nothing: {some(bad)}. "

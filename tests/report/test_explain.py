@@ -381,7 +381,7 @@ def test_logits_that_are_no_numbers_are_refused(
     def broken(*arguments: Any) -> run_folder.TrainedWeights:
         trained = whole(*arguments)
         weights = {key: value * torch.nan for key, value in trained.weights.items()}
-        return run_folder.TrainedWeights(weights, trained.branches)
+        return run_folder.TrainedWeights(weights, trained.state)
 
     monkeypatch.setattr("fgvc.runs.loaded.selected_weights", broken)
     with pytest.raises(FgvcError, match=r"first: gives logits that are no numbers"):
