@@ -25,16 +25,15 @@ from fgvc.models.backbone import memory_format
 from fgvc.runs.build import build_net
 from fgvc.runs.distributed import process_group
 from fgvc.runs.folder import (
-    TrainedWeights,
     read_run,
     recorded_classes,
     recorded_file,
     recorded_preprocess,
-    selected_weights,
 )
 from fgvc.runs.images import RunImages, recorded_images
 from fgvc.runs.measured import read_measured, store_measured
 from fgvc.runs.step import StepModule
+from fgvc.runs.weights import TrainedWeights, selected_weights
 from fgvc.runtime.engine import OnnxSession
 
 

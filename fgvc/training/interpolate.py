@@ -31,9 +31,10 @@ from fgvc.models.backbone import head_prefixes
 from fgvc.runs import checkpoint
 from fgvc.runs.checkpoint import State
 from fgvc.runs.deployed import FOLDER, RECORD
-from fgvc.runs.folder import INTERPOLATION, selected_weights
+from fgvc.runs.folder import INTERPOLATION
 from fgvc.runs.loaded import LoadedRun
 from fgvc.runs.record import NAME
+from fgvc.runs.weights import selected_weights
 from fgvc.runtime.bundle import read_json
 from fgvc.training.log import Events
 
