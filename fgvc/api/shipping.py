@@ -13,7 +13,6 @@ import numpy as np
 
 from fgvc.config.data import Split
 from fgvc.config.exporting import BatchNorm, Export, Exporter
-from fgvc.config.images import Preprocess
 from fgvc.config.loading import validate
 from fgvc.config.recipe import Selected
 from fgvc.data.index import ImageIndex, spread
@@ -37,7 +36,7 @@ from fgvc.runs.loaded import LoadedRun, load_run
 from fgvc.runs.measured import store_measured
 from fgvc.runs.trackers import log_bundle
 from fgvc.runtime.bundle import JUDGE, load_bundle, refuse_target, write_bundle
-from fgvc.runtime.description import describe
+from fgvc.runtime.engine import OnnxSession
 from fgvc.runtime.stack import Agreement, Stack, agreement, stack_of
 from fgvc.studies.variants import SmallerFile, Variants, left_out, make_variants
 
@@ -249,11 +248,12 @@ def _export(
     """Prove a run by its contract, make what lies beside the model, and write the bundle."""
     index, select_name = loaded.index, loaded.select
     proven = contract.prove(loaded.step.net, _proof_images(loaded))
+    session = OnnxSession(proven.source, output=loaded.preprocess.output, classes=len(index.classes))
     metrics, judges = loaded.measured("metrics.json"), _judge(index, table=loaded.recipe.data.kind == "csv")
     files: dict[str, Any] = {
         "model.onnx": proven.model,
         "labels.json": list(index.classes),
-        "preprocess.json": _fed(loaded.preprocess, proven.model, len(index.classes)),
+        "preprocess.json": loaded.preprocess.model_copy(update={"network": session.file.record}),
         "contract.json": dict(proven.contract) | {"deployed": around.numbers if around is not None else None},
         "metrics.json": {
             key.partition(".")[0]: row
@@ -265,12 +265,12 @@ def _export(
     }
     if proven.explain is not None:
         files["explain.onnx"] = proven.explain
-    shipped = shipped_calibration(loaded, run_calibration, proven.source, divided_by=proven.divided_by)
+    shipped = shipped_calibration(loaded, run_calibration, session, divided_by=proven.divided_by)
     if shipped is not None and shipped.images >= FEWEST:
         files["calibration.json"] = shipped
-    stack = None if threshold is None else _stack_threshold(loaded, contract, proven, threshold)
+    stack = None if threshold is None else _stack_threshold(loaded, contract, session, threshold, divided_by=proven.divided_by)
     files["metrics.json"] |= {} if stack is None else {"stack_threshold": stack.numbers()}
-    beside = make_variants(loaded, proven, variants or Variants(), shipped)
+    beside = make_variants(loaded, proven, session, variants or Variants(), shipped)
     files |= {smaller.file: smaller.variant_file.model for smaller in beside}
     files["contract.json"] |= {smaller.variant_file.variant: smaller.section for smaller in beside}
     if omitted := left_out(proven, variants or Variants()):
@@ -306,21 +306,15 @@ def _judge(index: ImageIndex, *, table: bool) -> _Judge:
     return _Judge(metrics, {JUDGE: {"unseen": which, "images": images}})
 
 
-def _stack_threshold(run: LoadedRun, contract: Contract, proven: ProvedExport, threshold: float) -> StackThreshold:
-    """What a threshold accepts of the deployed file, and of what is written into it. Raises FgvcError where these have other
-    classes."""
+def _stack_threshold(
+    run: LoadedRun, contract: Contract, session: OnnxSession, threshold: float, *, divided_by: float
+) -> StackThreshold:
+    """What a threshold accepts of the deployed file, and of what is written into it (`session`). Raises FgvcError where these
+    have other classes."""
     assert isinstance(contract, DeployedFile)
     if contract.classes is not None:
         raise FgvcError("--stack-threshold: model.classes: change: the deployed file knows other classes, and is no comparison")
-    return measure_threshold(
-        run, contract.file, proven.source, threshold, output=proven.contract["output"]["name"], divided_by=proven.divided_by
-    )
-
-
-def _fed(spec: Preprocess, model: bytes, classes: int) -> Preprocess:
-    """A run's preprocessing with what the exported file takes and does by itself."""
-    output = None if spec.network is None else spec.network.output
-    return spec.model_copy(update={"network": describe(model, output=output, classes=classes).record})
+    return measure_threshold(run, contract.file, session, threshold, divided_by=divided_by)
 
 
 def _with_options(export: Export, options: Mapping[str, object]) -> Export:

@@ -26,8 +26,8 @@ from fgvc.evaluation.tta import Views, average_views, canvas, refine_views
 from fgvc.images.address import address
 from fgvc.io.display import Display, figure
 from fgvc.io.tables import as_csv
-from fgvc.runs.folder import has_floor
 from fgvc.runs.loaded import LoadedRun
+from fgvc.runs.weights import has_floor
 from fgvc.runtime.engine import refuse_no_numbers
 
 

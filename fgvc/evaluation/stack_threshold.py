@@ -63,19 +63,18 @@ def accepted(confidence: NDArray[np.floating], right: NDArray[np.bool_], thresho
 
 
 def measure_threshold(
-    run: LoadedRun, old: Path, new: Path | bytes, threshold: float, *, output: str, divided_by: float
+    run: LoadedRun, old: Path, new: OnnxSession, threshold: float, *, divided_by: float
 ) -> StackThreshold:
     """Coverage and precision at a confidence of a deployed file, and of what is written into it, on the images that judge; where
-    there are none, on validation. `output`: the files' output with the classes; `divided_by`: the temperature in the new file's
-    last layer. Raises FgvcError where the run has neither."""
+    there are none, on validation. `divided_by`: the temperature in the new file's last layer. Raises FgvcError where the run has
+    neither."""
     split, rows = run.rows_of("test" if len(run.index.rows("test")) else None)
     rows = fitting_sample(rows, len(run.classes))
 
-    def answers(file: Path | bytes) -> Answers:
-        workers = run.recipe.train.workers
-        return onnx_answers(OnnxSession(file, output=output), run.index, rows, spec=run.preprocess, workers=workers)
+    def answers(session: OnnxSession) -> Answers:
+        return onnx_answers(session, run.index, rows, spec=run.preprocess, workers=run.recipe.train.workers)
 
-    before, after = answers(old), answers(new)
+    before, after = answers(OnnxSession(old, output=new.file.output)), answers(new)
     undivided = {} if divided_by == 1 else {UNDIVIDED: (after, 1 / divided_by)}
     files = {BEFORE: (before, 1.0), **undivided, AFTER: (after, 1.0)}
     shares = {

@@ -7,7 +7,6 @@ was fitted for. All that shows a probability of this run takes both numbers from
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -130,10 +129,10 @@ def _without_images(run: LoadedRun, error: FgvcError) -> RunCalibration:
 
 
 def shipped_calibration(
-    run: LoadedRun, run_calibration: RunCalibration, model: bytes | Path, *, divided_by: float = 1.0
+    run: LoadedRun, run_calibration: RunCalibration, session: OnnxSession, *, divided_by: float = 1.0
 ) -> Calibration | None:
-    """The calibration that a bundle gets: the run's, checked on the exported file; where that has the temperature in its last
-    layer (`divided_by`), one of temperature 1 with the same threshold. None: the run has none.
+    """The calibration that a bundle gets: the run's, checked on the exported file (`session`); where that has the temperature in
+    its last layer (`divided_by`), one of temperature 1 with the same threshold. None: the run has none.
 
     Raises FgvcError where the file has another loss on the validation split than the run had when its temperature was fitted, or
     logits that are no numbers."""
@@ -142,7 +141,6 @@ def shipped_calibration(
     rows = fitting_rows(run)
     at_one = calibration.model_copy(update={"temperature": 1.0, "note": ""}) if divided_by != 1 else calibration
     try:
-        session = OnnxSession(model, output=run.preprocess.output)
         answers = onnx_answers(session, run.index, rows, spec=run.preprocess, workers=run.recipe.train.workers)
     except FgvcError:  # the model fits, it was proved on images of this size; so it's that none can be read any more
         return at_one

@@ -94,10 +94,11 @@ class DeployedFile:
         numeric = compare_numbers(divided, exact, shipped, sample, bar=bar)
         if not numeric.passed:
             raise ProofError(numeric.failure)
-        behavioural = compare_answers(_session(written.path, shipped), shipped, images, bar=bar)
+        session = OnnxSession(written.path, output=shipped.output_name)
+        behavioural = compare_answers(session, shipped, images, bar=bar)
         if not behavioural.passed:
             raise ProofError(behavioural.failure)
-        explain, reason, warnings = _explain(written.path, shipped, sample, self.scratch / "explain")
+        explain, reason, warnings = _explain(session, written.path, shipped, sample, self.scratch / "explain", bar=bar)
         contract = {
             "fgvc": __version__,
             "contract": DEPLOYED_FILE if self.classes is None else OTHER_CLASSES,
@@ -225,10 +226,6 @@ def compare_answers(
     return Behavioural(images=count, worst=worst, worst_batch=worst_batch, disagreements=tuple(others), bar=bar)
 
 
-def _session(path: Path, net: OnnxNet) -> OnnxSession:
-    return OnnxSession(path, output=net.output_name)
-
-
 def _relative(ours: NDArray[np.floating], theirs: NDArray[np.floating]) -> float:
     return float(np.abs(ours - theirs).max() / max(float(np.abs(theirs).max()), 1e-30))
 
@@ -252,8 +249,11 @@ def as_plain(path: Path, net: OnnxNet) -> Plain:
     return Plain(proto, weights, net.size)
 
 
-def _explain(path: Path, net: OnnxNet, x: np.ndarray, scratch: Path) -> tuple[bytes | None, str, tuple[str, ...]]:
-    """explain.onnx: the written file with a few more nodes, for class maps; or None and why, with a warning."""
+def _explain(
+    session: OnnxSession, path: Path, net: OnnxNet, x: np.ndarray, scratch: Path, *, bar: float
+) -> tuple[bytes | None, str, tuple[str, ...]]:
+    """explain.onnx: the written file, which `session` runs, with a few more nodes, for class maps; or None and why, with a
+    warning."""
     linear, reason = closed_form(net, net.size)
     if linear is None:
         return None, reason, ()
@@ -264,8 +264,10 @@ def _explain(path: Path, net: OnnxNet, x: np.ndarray, scratch: Path) -> tuple[by
             (scratch / name).write_bytes(path.with_name(name).read_bytes())
         out = scratch / path.name
         out.write_bytes(model.SerializeToString(deterministic=True))
-        answers, *_, maps = _session(out, net).infer(feed(x, net.file))
-        _refuse_other_maps(answers, maps, path, net, x)
+        answers, *_, maps = OnnxSession(out, output=net.output_name).infer(feed(x, net.file))
+        if not _relative(answers.reshape(len(x), -1), session.scores(x)) <= bar:
+            raise FgvcError("it gives other answers than model.onnx")
+        _refuse_other_maps(maps, net, x, bar=bar)
     except FgvcError as error:
         reason = f"can't be made: {str(error).partition(chr(10))[0]}"
         return None, reason, (f"the bundle has no explain.onnx, which {reason}",)
@@ -312,12 +314,7 @@ def _with_maps(path: Path, net: OnnxNet) -> onnx.ModelProto:
     return model
 
 
-def _refuse_other_maps(
-    answers: NDArray[np.floating], maps: NDArray[np.floating], path: Path, net: OnnxNet, x: np.ndarray
-) -> None:
-    bar = HALF_TOLERANCE if _is_half(path, net) else SHIPPED_TOLERANCE
-    if not _relative(answers.reshape(len(x), -1), _session(path, net).scores(x)) <= bar:
-        raise FgvcError("it gives other answers than model.onnx")
+def _refuse_other_maps(maps: NDArray[np.floating], net: OnnxNet, x: np.ndarray, *, bar: float) -> None:
     with torch.inference_mode():
         logits = net(torch.from_numpy(x)).double().numpy()
     bias = 0 if net.classifier.bias is None else net.classifier.bias.detach().numpy()

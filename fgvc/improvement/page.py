@@ -20,7 +20,7 @@ from fgvc.io.files import write_atomic
 from fgvc.report.certificate import recorded_proofs
 from fgvc.report.document import duration
 from fgvc.report.render import render
-from fgvc.runtime.bundle import load_bundle
+from fgvc.runtime.bundle import Bundle, load_bundle
 
 if TYPE_CHECKING:
     from fgvc.improvement.outcome import Outcome
@@ -53,6 +53,7 @@ def write_page(
     task: Task, ladder: Ladder, answers: PairedAnswers, verdict: Verdict, *, bundle: Path, start: float | None, out: Path
 ) -> None:
     """Write `out`. `bundle`: the new classifier's; `start`: accuracy of the deployed one on the images that choose."""
+    opened = load_bundle(bundle)
     shown = bundle.parent / ("bundle" if verdict.better else bundle.name)
     write_atomic(
         out,
@@ -61,9 +62,9 @@ def write_page(
             title=f"{task.name}: {'a better file' if verdict.better else 'no better file is shown'}",
             task=task, plan=ladder.plan, verdict=verdict, answers=answers, pair=answers.paired, folder=shown.parent, bundle=shown,
             rows=_rows(ladder, start), start=start, share=ladder.choices.get("share", 1.0), ships=ladder.ships.name, plain=PLAIN,
-            repaired=_shots(answers, bundle, "positive"), broken=_shots(answers, bundle, "negative"),
+            repaired=_shots(answers, opened, "positive"), broken=_shots(answers, opened, "negative"),
             classes=[row for row in answers.paired.by_class(answers.classes) if row["negative_flips"] or row["positive_flips"]],
-            proofs=recorded_proofs(load_bundle(bundle)), command=ladder.command, duration=duration,
+            proofs=recorded_proofs(opened), command=ladder.command, duration=duration,
         ),
     )  # fmt: skip
 
@@ -78,7 +79,7 @@ def _rows(ladder: Ladder, start: float | None) -> list[Row]:
     return rows
 
 
-def _shots(answers: PairedAnswers, bundle: Path, kind: str) -> list[Shot]:
+def _shots(answers: PairedAnswers, bundle: Bundle, kind: str) -> list[Shot]:
     """Pictures that changed sides, those first of which the new classifier is surest, with the map of its answer."""
     flips = [flip for flip in answers.flips() if flip["flip"] == kind]
     flips = sorted(flips, key=lambda flip: -flip["b_confidence"])[:SHOWN]
@@ -87,9 +88,9 @@ def _shots(answers: PairedAnswers, bundle: Path, kind: str) -> list[Shot]:
     return [Shot(flip, picture(image), drawn) for flip, image, drawn in zip(flips, images, _maps(images, bundle), strict=True)]
 
 
-def _maps(images: Sequence[Image.Image], bundle: Path) -> list[str | None]:
+def _maps(images: Sequence[Image.Image], bundle: Bundle) -> list[str | None]:
     """Class maps over the pictures as the network sees them; None where the bundle has none."""
     try:
-        return [picture(explained.overlay) for explained in load_bundle(bundle).explain(images)]
+        return [picture(explained.overlay) for explained in bundle.explain(images)]
     except FgvcError:
         return [None] * len(images)

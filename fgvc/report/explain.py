@@ -20,6 +20,7 @@ from fgvc.io.files import StrPath, as_paths
 from fgvc.models.cam.offline import ClassMaps, class_maps_of, method_name
 from fgvc.runs.loaded import LoadedRun, load_run
 from fgvc.runtime import explain as drawing
+from fgvc.runtime.bundle import load_bundle
 from fgvc.runtime.engine import is_rejected, probabilities, refuse_no_numbers
 from fgvc.runtime.explain import BundleExplainer, Explanation, Floats, is_bundle, load_explainer
 from fgvc.runtime.predict import expand
@@ -90,7 +91,7 @@ def explain(
             if is_bundle(path):
                 if method_names != ("cam",):
                     raise FgvcError(f"{path}: a bundle holds class activation maps alone; compare it by --method cam")
-                explainers.append(load_explainer(path))
+                explainers.append(load_explainer(load_bundle(path)))
             else:
                 explainer = open_explainer(load_run(path, select), method_names, device=device, channels=channels)
                 explainers.append(stack.enter_context(explainer))

@@ -75,7 +75,7 @@ def with_recorded_file(recipe: Recipe, recorded: Recipe) -> Recipe:
     if given is None or kept is None:
         return recipe
     if given.expanduser().is_file():
-        if record_of(given) != record_of(kept):
+        if given != kept and record_of(given) != record_of(kept):
             raise FgvcError(
                 f"model.onnx: {given} is not the file that this run began with, whose copy is {kept}; go on with that one, or "
                 "choose another --out for a new run"

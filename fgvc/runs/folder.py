@@ -8,15 +8,12 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import Tensor
-
 from fgvc.config.images import Preprocess
 from fgvc.config.loading import differences, dump, load, read_tree, validate
-from fgvc.config.recipe import Recipe, Selected
+from fgvc.config.recipe import Recipe
 from fgvc.config.techniques import Techniques
 from fgvc.data.index import ImageIndex
 from fgvc.errors import FgvcError
@@ -32,9 +29,7 @@ from fgvc.io.files import (
     write_atomic,
     writing,
 )
-from fgvc.io.names import some
 from fgvc.io.places import what_it_is
-from fgvc.models.finite import not_finite
 from fgvc.runs import checkpoint, deployed, trackers
 from fgvc.runs.environment import absent_packages, environment
 from fgvc.runs.images import resumed_index
@@ -245,14 +240,6 @@ def _read_json(out: Path, name: str) -> Any:
         ) from error
 
 
-def preprocess_fault(out: Path, state: checkpoint.State) -> str | None:
-    """Reason why preprocess.json can't be what the run began with, by its checkpoint, which has digests; None: it is the same."""
-    recorded = state.rest.get("preprocess")
-    if recorded is None or recorded_preprocess(out).model_dump_json() == recorded:
-        return None
-    return f"{out / 'preprocess.json'}: not what the run began with, which was {recorded}; write that back"
-
-
 def refuse_changed(out: Path, facts: Mapping[str, Any]) -> None:
     """Raise FgvcError where the run's classes or preprocessing are no longer what they were."""
     for name, value in facts.items():
@@ -274,8 +261,9 @@ def continue_run(out: Path, recipe: Recipe, index: ImageIndex) -> None:
 def update_settings(out: Path, recipe: Recipe, *, recorded: bool = False) -> None:
     """Write a finished run's settings that may change, such as where its images lie now; what was measured stays. Raises
     FgvcError where they are other images."""
-    recipe = resumed_recipe(recipe, read_run(out))
-    if recipe != read_run(out):
+    recorded_recipe = read_run(out)
+    recipe = resumed_recipe(recipe, recorded_recipe)
+    if recipe != recorded_recipe:
         resumed_index(out, recipe, recorded=recorded)
         write_atomic(out / "config.yaml", dump(deployed.as_kept(recipe)))
 
@@ -327,44 +315,6 @@ def required_start(out: Path, recipe: Recipe) -> checkpoint.State | None:
             f"copy of it there. {new_run_advice(out)}"
         )
     return checkpoint.load(out / "ckpt", "start")
-
-
-@dataclass(frozen=True, slots=True)
-class TrainedWeights:
-    """Trained weights of a net, and of the branches beside it."""
-
-    weights: Mapping[str, Tensor]
-    branches: Mapping[str, Tensor]
-    identity: str | None = None  # of the checkpoint that they are from
-
-
-def selected_weights(out: Path, recipe: Recipe, select: Selected) -> TrainedWeights:
-    """Read the weights of a run that `select` names. Raises FgvcError where it has none, or they are not finite."""
-    if select == "ema" and recipe.ema is None:
-        raise FgvcError(f"{out}: has no moving average; train with ema.decay=0.999, or choose --select last")
-    if select == "swa" and recipe.swa is None:
-        raise FgvcError(f"{out}: has no SWA; train with swa.start=0.75, or choose --select last")
-    state = checkpoint.load(out / "ckpt", checkpoint.slot(select))
-    if (reason := preprocess_fault(out, state)) is not None:
-        print(f"WARNING: {reason}", file=sys.stderr)
-    if select == "swa" and state.ema is None:
-        raise FgvcError(f"{out}: SWA holds no epoch yet; train on to the end, or choose --select last")
-    if select == "floor" and state.floor is None:
-        raise FgvcError(f"{out}: has no floor: random first weights, a head that is not linear, or a run of an earlier fgvc")
-    averaged = select in ("ema", "swa") or (select == "best" and recipe.selected != "last" and state.ema is not None)
-    weights = {**((state.ema if averaged else state.net) or {}), **((state.floor or {}) if select == "floor" else {})}
-    trained = TrainedWeights(weights, state.branches, state.identity)
-    if bad := not_finite(trained.weights):
-        raise FgvcError(
-            f"{out}: its weights ({select}) hold values that are NaN or infinite, so its answers mean nothing: {some(bad)}. "
-            "Choose others with --select, or train anew with a lower optim.lr"
-        )
-    return trained
-
-
-def has_floor(out: Path) -> bool:
-    """Whether a logistic regression on the frozen net was fitted when the run began: `select: floor` then names it."""
-    return (out / "ckpt" / "start" / "floor.safetensors").is_file()
 
 
 def copy_run(source: Path, out: Path, recipe: Recipe, *, recorded: bool = False) -> None:

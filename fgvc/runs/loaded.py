@@ -25,16 +25,15 @@ from fgvc.models.backbone import memory_format
 from fgvc.runs.build import build_net
 from fgvc.runs.distributed import process_group
 from fgvc.runs.folder import (
-    TrainedWeights,
     read_run,
     recorded_classes,
     recorded_file,
     recorded_preprocess,
-    selected_weights,
 )
 from fgvc.runs.images import RunImages, recorded_images
 from fgvc.runs.measured import read_measured, store_measured
 from fgvc.runs.step import StepModule
+from fgvc.runs.weights import TrainedWeights, selected_weights
 from fgvc.runtime.engine import OnnxSession
 
 
@@ -134,7 +133,7 @@ class LoadedRun(Display):
         """Copy the run with other weights, in a net of its own. Raises FgvcError where it has none."""
         weights = selected_weights(self.folder, self.recipe, select)
         step = _load_step(self.folder, self.recipe, len(self.classes), weights, branches=False)
-        copy = replace(self, select=select, step=step, identity=weights.identity)
+        copy = replace(self, select=select, step=step, identity=weights.state.identity)
         if "images" in vars(self):
             vars(copy)["images"] = self.images
         return copy
@@ -191,7 +190,7 @@ def load_run(
     if max_pixels is not None:
         data = recipe.data.model_copy(update={"max_megapixels": max_pixels / 1e6})
         recipe = recipe.model_copy(update={"data": data})
-    return LoadedRun(folder, recipe, classes, preprocess, select, step, weights.identity, root)
+    return LoadedRun(folder, recipe, classes, preprocess, select, step, weights.state.identity, root)
 
 
 def _load_step(folder: Path, recipe: Recipe, classes: int, trained: TrainedWeights, *, branches: bool) -> StepModule:
@@ -200,7 +199,7 @@ def _load_step(folder: Path, recipe: Recipe, classes: int, trained: TrainedWeigh
     try:
         step.net.load_state_dict(trained.weights)
         if branches:  # without those that only teachers need
-            present = {key: value for key, value in trained.branches.items() if key.partition(".")[0] in step.branches}
+            present = {key: value for key, value in trained.state.branches.items() if key.partition(".")[0] in step.branches}
             step.branches.load_state_dict(present)
     except RuntimeError as error:
         raise FgvcError(f"{folder}: its checkpoint does not fit its recipe: {error}") from error

@@ -124,7 +124,7 @@ class Bundle(Display):
         from fgvc.runtime.explain import load_explainer
         from fgvc.runtime.explained import explain_pictures
 
-        return explain_pictures(load_explainer(self.folder), images, target=target)
+        return explain_pictures(load_explainer(self), images, target=target)
 
     @property
     def facts(self) -> Mapping[str, object]:

@@ -42,7 +42,7 @@ from fgvc.images.sheet import FAST, TILE, Cell, save_sheet
 from fgvc.io.files import refuse_place, replacing, writing
 from fgvc.io.names import distinct_names, nearest, one_line, result_names
 from fgvc.io.progress import track
-from fgvc.runtime.bundle import MANIFEST, load_bundle
+from fgvc.runtime.bundle import MANIFEST, Bundle, load_bundle
 from fgvc.runtime.engine import (
     NONE,
     calibration_word,
@@ -93,16 +93,15 @@ class Explainer(Protocol):
 class BundleExplainer:
     """Class activation maps of a bundle's `explain.onnx`: sum_k W[c,k] A_k, no gradient and no torch."""
 
-    def __init__(self, folder: Path, *, threads: int | None = None) -> None:
-        """Load the bundle. `threads`: as of `OnnxSession`. Raises FgvcError for a bundle without `explain.onnx`."""
-        bundle = load_bundle(folder)
+    def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
+        """Load the network. `threads`: as of `OnnxSession`. Raises FgvcError for a bundle without `explain.onnx`."""
         if bundle.explain_model is None:
             why = str(bundle.contract.get("explain", "")).strip()
             raise FgvcError(
-                f"{folder}: has no explain.onnx{f' ({why})' if why else ''}; explain the run that it was exported from: "
+                f"{bundle.folder}: has no explain.onnx{f' ({why})' if why else ''}; explain the run that it was exported from: "
                 "fgvc explain RUN IMG --method gradcam"
             )
-        self.folder, self.labels, self.spec = folder, bundle.labels, bundle.preprocess
+        self.folder, self.labels, self.spec = bundle.folder, bundle.labels, bundle.preprocess
         self.methods: tuple[str, ...] = ("cam",)
         self._session = session_of(bundle, bundle.explain_model, threads=threads)
         self.calibration = bundle.calibration
@@ -119,11 +118,11 @@ class BundleExplainer:
         return explanations
 
 
-def load_explainer(folder: Path) -> BundleExplainer:
+def load_explainer(bundle: Bundle) -> BundleExplainer:
     """Load a bundle's explainer. Raises FgvcError where it has no maps, or they have a single cell."""
-    explainer = BundleExplainer(folder)
+    explainer = BundleExplainer(bundle)
     if explainer(np.zeros((1, 3, *explainer.spec.size), np.float32), None)[0].raw["cam"].shape == (1, 1):
-        raise FgvcError(f"{folder}: {SINGLE_CELL}")
+        raise FgvcError(f"{bundle.folder}: {SINGLE_CELL}")
     return explainer
 
 
@@ -153,7 +152,7 @@ def explain_bundles(
         )
     files = list(expand(paths))
     refuse_out(out, overwrite=overwrite)
-    explainers = [load_explainer(folder) for folder in bundles]
+    explainers = [load_explainer(load_bundle(folder)) for folder in bundles]
     return explain_files(explainers, files, out, target=target, batch=batch, max_pixels=max_pixels)
 
 

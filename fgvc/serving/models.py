@@ -132,7 +132,7 @@ def _load(name: str, folder: Path, threads: int) -> LoadedModel:
             engine = Engine(bundle, threads=threads)
             for doubt in engine.doubts:
                 _log(f"{name}: {doubt}")
-            explainer = None if bundle.explain_model is None else BundleExplainer(folder, threads=threads)
+            explainer = None if bundle.explain_model is None else BundleExplainer(bundle, threads=threads)
         except FgvcError:
             if (digest and digest == _digest(folder)) or attempt == _ATTEMPTS - 1:
                 raise

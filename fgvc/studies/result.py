@@ -25,9 +25,10 @@ from fgvc.models.backbone import deployed
 from fgvc.reparam.plain import strip
 from fgvc.runs import checkpoint
 from fgvc.runs.environment import environment
-from fgvc.runs.folder import has_floor, is_run, read_run
+from fgvc.runs.folder import is_run, read_run
 from fgvc.runs.loaded import LoadedRun, load_run
 from fgvc.runs.record import NAME, load
+from fgvc.runs.weights import has_floor
 from fgvc.studies.identity import ScoredSplit, data_digest, digest, index_digest, result_settings
 from fgvc.studies.study import Cell
 from fgvc.training.trainer import train

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -62,9 +61,10 @@ class SmallerFile:
 
 
 def make_variants(
-    run: LoadedRun, proven: ProvedExport, wanted: Variants, calibration: Calibration | None = None
+    run: LoadedRun, proven: ProvedExport, session: OnnxSession, wanted: Variants, calibration: Calibration | None = None
 ) -> list[SmallerFile]:
-    """Make the wanted files, each compared with the float file on the validation split, or on train where there is none.
+    """Make the wanted files, each compared with the float file (`session`) on the validation split, or on train where there is
+    none.
 
     On up to 10,000 images; of validation with the calibration error that each has by the bundle's temperature; without those
     that `left_out` names. Writes `<run>/reports/{int8,fp16}.html`, also where a file is refused. Raises FgvcError where one gives
@@ -78,7 +78,7 @@ def make_variants(
     if not files:
         return []
     split: Split = "val" if len(run.index.rows("val")) else "train"
-    float_answers = _answers(run, proven.source, fitting_sample(run.rows(split), len(run.classes)))
+    float_answers = _answers(run, session, fitting_sample(run.rows(split), len(run.classes)))
     return [_judge(run, file, float_answers, split, _limits(limits, wanted.agreement), calibration) for file, limits in files]
 
 
@@ -98,7 +98,7 @@ def _judge(
     limits: AgreementLimits,
     calibration: Calibration | None,
 ) -> SmallerFile:
-    answers = _answers(run, variant_file.model, float_answers.rows)
+    answers = _answers(run, OnnxSession(variant_file.model, output=run.preprocess.output), float_answers.rows)
     if nonfinite := int((~np.isfinite(answers.logits).all(1)).sum()):
         reason = f"gives logits that are no numbers (NaN or infinite) for {nonfinite} of {len(answers.rows)} {split} images"
         raise FgvcError(f"model.{variant_file.variant}.onnx is refused:\n  {reason}\n{ADVICE[variant_file.variant]}")
@@ -160,6 +160,5 @@ def _calibration(run: LoadedRun, count: int) -> Iterator[np.ndarray]:
         yield batch.images.numpy()
 
 
-def _answers(run: LoadedRun, model: bytes | Path, rows: NDArray[np.int64]) -> Answers:
-    session = OnnxSession(model, output=run.preprocess.output)
+def _answers(run: LoadedRun, session: OnnxSession, rows: NDArray[np.int64]) -> Answers:
     return onnx_answers(session, run.index, rows, spec=run.preprocess, workers=run.recipe.train.workers)

@@ -31,9 +31,10 @@ from fgvc.models.backbone import head_prefixes
 from fgvc.runs import checkpoint
 from fgvc.runs.checkpoint import State
 from fgvc.runs.deployed import FOLDER, RECORD
-from fgvc.runs.folder import INTERPOLATION, selected_weights
+from fgvc.runs.folder import INTERPOLATION
 from fgvc.runs.loaded import LoadedRun
 from fgvc.runs.record import NAME
+from fgvc.runs.weights import selected_weights
 from fgvc.runtime.bundle import read_json
 from fgvc.training.log import Events
 
@@ -93,13 +94,14 @@ def interpolate(
     _refuse_out(folder, out)
     if share is not None and not 0 <= share <= 1:
         raise FgvcError(f"--share {share:g}: a number from 0 (the start) to 1 (the end)")
-    start, end = (checkpoint.load(folder / "ckpt", name) for name in ("start", checkpoint.slot(run.select)))
+    trained = selected_weights(folder, run.recipe, "start"), selected_weights(folder, run.recipe, run.select)
+    start, end = (each.state for each in trained)
     _refuse_headless(run, start)
     if end.identity != run.identity:
         raise FgvcError(f"{folder}: has trained on while it was read; try again")
     if not end.progress.finished:
         print(f"WARNING: {folder}: its training is not finished; its end is that of step {end.progress.step}", file=sys.stderr)
-    weights = selected_weights(folder, run.recipe, "start").weights, selected_weights(folder, run.recipe, run.select).weights
+    weights = trained[0].weights, trained[1].weights
     if weights[0].keys() != weights[1].keys():
         raise FgvcError(f"{folder}: its ckpt/start is of a run of other settings; put that of this run there")
     scores: dict[float, metrics.Scores | None] = {}

@@ -32,7 +32,6 @@ from fgvc.runs.folder import (
     end_setting,
     logged_finished,
     new_run_advice,
-    preprocess_fault,
     read_run,
     recorded_preprocess,
     refuse_changed,
@@ -44,6 +43,7 @@ from fgvc.runs.folder import (
 from fgvc.runs.images import resumed_index
 from fgvc.runs.record import Record
 from fgvc.runs.trackers import refuse_missing
+from fgvc.runs.weights import preprocess_fault
 from fgvc.training.epoch_start import epoch_start
 from fgvc.training.floor import Floor, fit_floor, floor_comparison, floor_head, put_floor_head
 from fgvc.training.interruption import advice_on_failure, interruptible

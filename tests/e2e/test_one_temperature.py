@@ -273,12 +273,12 @@ def test_a_file_that_answers_otherwise_is_not_called_calibrated(run: Path, tmp_p
     from fgvc.evaluation.temperature import shipped_calibration
 
     loaded = load_run(run)
-    fit, model = calibration(loaded), (bundle / "model.onnx").read_bytes()
-    shipped_calibration(loaded, fit, model)
+    fit, session = calibration(loaded), OnnxSession(bundle / "model.onnx")
+    shipped_calibration(loaded, fit, session)
     assert fit.calibration is not None
     other = fit.calibration.model_copy(update={"nll_before": fit.calibration.nll_before + 0.01})
     with pytest.raises(FgvcError, match="the exported file has a loss of"):
-        shipped_calibration(loaded, type(fit)(other), model)
+        shipped_calibration(loaded, type(fit)(other), session)
 
 
 def test_a_run_whose_data_are_gone_keeps_its_temperature(

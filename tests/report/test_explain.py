@@ -29,7 +29,7 @@ from fgvc.images.preprocess import fit, preprocess
 from fgvc.images.sheet import GUTTER, TILE, Cell
 from fgvc.models.backbone import deployed
 from fgvc.report import explain as explaining
-from fgvc.runs import folder as run_folder
+from fgvc.runs import weights as run_weights
 from fgvc.runs.loaded import load_run
 from fgvc.runtime import explain as drawing
 from fgvc.runtime.bundle import OPTIONAL, REQUIRED, write_bundle
@@ -376,12 +376,12 @@ def test_a_bundle_that_knows_none_of_these_says_so(
 def test_logits_that_are_no_numbers_are_refused(
     run: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = run_folder.selected_weights
+    whole = run_weights.selected_weights
 
-    def broken(*arguments: Any) -> run_folder.TrainedWeights:
+    def broken(*arguments: Any) -> run_weights.TrainedWeights:
         trained = whole(*arguments)
         weights = {key: value * torch.nan for key, value in trained.weights.items()}
-        return run_folder.TrainedWeights(weights, trained.branches)
+        return run_weights.TrainedWeights(weights, trained.state)
 
     monkeypatch.setattr("fgvc.runs.loaded.selected_weights", broken)
     with pytest.raises(FgvcError, match=r"first: gives logits that are no numbers"):

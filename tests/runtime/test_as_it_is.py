@@ -306,7 +306,7 @@ def test_explain_reads_the_written_file_with_maps(file: File, tmp_path: Path) ->
     x = np.asarray(Image.open(path)).astype(np.float32)
     x = x if file.raw else (x / 255 - np.float32(MEAN)) / np.float32(STD)
     x = np.ascontiguousarray(x.transpose(2, 0, 1)[None], dtype=np.float32)
-    (explanation,) = BundleExplainer(tmp_path / "b")(x, None)
+    (explanation,) = BundleExplainer(load_bundle(tmp_path / "b"))(x, None)
     expected_p = expected(file, by_hand(file, file.make().SerializeToString(), pixels_of([path])))[0]
     np.testing.assert_allclose(explanation.p, expected_p, atol=tolerance(file))
 

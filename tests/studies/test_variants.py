@@ -28,7 +28,7 @@ from fgvc.images.decode import decode
 from fgvc.images.preprocess import preprocess
 from fgvc.runs.loaded import Answers, load_run
 from fgvc.runtime.bundle import load_bundle, write_bundle
-from fgvc.runtime.engine import Engine
+from fgvc.runtime.engine import Engine, OnnxSession
 from fgvc.studies import variants as variant
 from fgvc.training import trainer
 
@@ -180,10 +180,10 @@ def test_a_file_that_answers_otherwise_is_refused_and_no_bundle_written(
 def test_logits_that_overflow_in_sixteen_bits_are_refused(
     run: Path, exported: api.Exported, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ask = variant._answers
-    monkeypatch.setattr(variant, "_answers", lambda *args: broken_from(ask(*args), args[1] != exported.proven.model))
+    ask, session = variant._answers, OnnxSession(exported.proven.source)
+    monkeypatch.setattr(variant, "_answers", lambda *args: broken_from(ask(*args), args[1] is not session))
     with pytest.raises(FgvcError, match=r"model\.fp16\.onnx is refused:\n  gives logits that are no numbers .* for 1 of 12 val"):
-        variant.make_variants(load_run(run), exported.proven, api.Variants(fp16=True))
+        variant.make_variants(load_run(run), exported.proven, session, api.Variants(fp16=True))
 
 
 def broken_from(answers: Answers, broken: bool) -> Answers:
@@ -237,7 +237,7 @@ def test_without_a_validation_part_train_images_judge(run: Path, exported: api.E
     loaded = load_run(run)
     splits = np.where(loaded.index.splits == SPLITS.index("val"), SPLITS.index("test"), loaded.index.splits)
     vars(loaded)["images"] = replace(loaded.images, index=replace(loaded.index, splits=splits))  # a cached property
-    (beside,) = variant.make_variants(loaded, exported.proven, api.Variants(fp16=True))
+    (beside,) = variant.make_variants(loaded, exported.proven, OnnxSession(exported.proven.source), api.Variants(fp16=True))
     assert (beside.agreement.split, beside.agreement.images) == ("train", 48)
 
 
