@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
+from scipy.special import log_expit, log_softmax
 
+from fgvc.config.images import Ending
 from fgvc.errors import FgvcError
 from fgvc.evaluation.paired import mean_interval
 
@@ -31,6 +33,16 @@ class Order:
     @property
     def decided(self) -> bool:
         return self.holds or not self.stated or self.low > 0
+
+
+def log_probabilities(logits: NDArray[np.floating], ending: Ending | None) -> NDArray[np.float64]:
+    """Log-probabilities (N,K) of each class among all classes, so that each row's probabilities add up to 1, from logits (N,K).
+
+    `ending`: of the network's file. With a sigmoid each class has a probability p_k of its own, and p_k / sum_j p_j counts here;
+    the binary cross-entropy, by which `fgvc.evaluation.calibration` fits a temperature to such a file, is another measure.
+    """
+    z = logits.astype(np.float64)
+    return np.asarray(log_softmax(log_expit(z) if ending == "sigmoid" else z, axis=1))
 
 
 def halved(labels: NDArray[np.int64]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:

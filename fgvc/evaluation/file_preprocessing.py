@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from scipy.special import log_expit, log_softmax
 
 from fgvc.config.data import AutoData
 from fgvc.config.images import Preprocess
@@ -19,7 +18,7 @@ from fgvc.data.index import ImageIndex, decode_row
 from fgvc.data.sources.auto import with_table
 from fgvc.data.sources.read import read_source
 from fgvc.errors import FgvcError, ImageError
-from fgvc.evaluation.assignment import Order, cross_scored, output_order
+from fgvc.evaluation.assignment import Order, cross_scored, log_probabilities, output_order
 from fgvc.evaluation.preprocessing import (
     BATCH,
     COARSE,
@@ -186,7 +185,7 @@ def search_file(
         names, source = (index.classes if len(index.classes) == count else ()), f"the classes of {images}"
     pictures, numbers = _pictures(index, limit)
     result = search(
-        lambda x: _log_probabilities(session, x), size, pictures, numbers, index.classes, stated=names,
+        lambda x: log_probabilities(session.logits(x), session.file.ending), size, pictures, numbers, index.classes, stated=names,
         normalisations=_normalisations(file), given=given, seconds=seconds, progress=progress,
     )  # fmt: skip
     spec = result.best.spec.model_copy(update={"network": file.record})
@@ -223,7 +222,10 @@ def ask_stated(
     except FgvcError:
         return StatedAnswers()
     names = _normalisations(session.file)
-    pair = likelier(lambda x: _log_probabilities(session, x), pictures, numbers, spec, normalisations=names, seconds=seconds)
+    pair = likelier(
+        lambda x: log_probabilities(session.logits(x), session.file.ending), pictures, numbers, spec, normalisations=names,
+        seconds=seconds,
+    )  # fmt: skip
     order = _known_order(session, pictures, numbers, index.classes, labels, spec)
     if pair is None:
         return StatedAnswers(order)
@@ -243,10 +245,9 @@ def _known_order(
 ) -> Order | None:
     """Which output is of which class; None: the net does not know the images (more than half, each by the order that the other
     half shows). `stated`: as of `Order`; where none are, the sorted classes if there are as many as outputs."""
-    answers = np.concatenate(
-        [_log_probabilities(session, np.stack([preprocess(p, spec) for p in pictures[at : at + BATCH]]))
-         for at in range(0, len(pictures), BATCH)]
-    )  # fmt: skip
+    batches = (pictures[at : at + BATCH] for at in range(0, len(pictures), BATCH))
+    logits = np.concatenate([session.logits(np.stack([preprocess(p, spec) for p in batch])) for batch in batches])
+    answers = log_probabilities(logits, session.file.ending)
     if cross_scored(answers, labels)[1].mean() <= KNOWN:
         return None
     stated = stated or (classes if len(classes) == answers.shape[1] else ())
@@ -255,12 +256,6 @@ def _known_order(
 
 def _normalisations(file: Description) -> tuple[str, ...]:
     return (BYTES,) if file.dtype == "uint8" else tuple(NORMALISATIONS)
-
-
-def _log_probabilities(session: OnnxSession, x: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Of each class against the others; a sigmoid's answers count as such, and are made to add up to 1."""
-    logits = session.logits(x).astype(np.float64)
-    return np.asarray(log_softmax(log_expit(logits) if session.file.ending == "sigmoid" else logits, axis=1))
 
 
 def _pictures(index: ImageIndex, limit: int) -> tuple[list[Image.Image], NDArray[np.int64]]:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import log_expit, log_softmax
 
 from fgvc.config.data import SPLITS, Split
 from fgvc.config.shipped import recipe_file
@@ -17,6 +16,7 @@ from fgvc.data.index import ImageIndex, spread
 from fgvc.data.recipe import load_recipe
 from fgvc.data.unseen import OPTIONS, Pool, Seen, all_seen, seen_words, unseen_pool
 from fgvc.errors import FgvcError, NoUnseenImagesError
+from fgvc.evaluation.assignment import log_probabilities
 from fgvc.evaluation.compared import Images
 from fgvc.evaluation.side import Side
 from fgvc.io.names import some
@@ -240,6 +240,5 @@ def evidence(side: Side, index: ImageIndex) -> str:
 
 def score_words(answers: Answers, labels: NDArray[np.int64]) -> str:
     """Accuracy and mean loss of answers, in the words of `seen_words`; `labels` (N,): numbers of outputs."""
-    logits = answers.logits.astype(np.float64)
-    losses = -log_softmax(log_expit(logits) if answers.ending == "sigmoid" else logits, axis=1)[np.arange(len(labels)), labels]
-    return seen_words(float((logits.argmax(1) == labels).mean()), float(losses.mean()))
+    losses = -log_probabilities(answers.logits, answers.ending)[np.arange(len(labels)), labels]
+    return seen_words(float((answers.logits.argmax(1) == labels).mean()), float(losses.mean()))

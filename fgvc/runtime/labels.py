@@ -83,4 +83,4 @@ def _checked(value: Any, source: str, path: Path) -> tuple[str, ...]:
             numbered = {}
         if sorted(numbered) == list(range(len(value))):
             names = [numbered[number] for number in range(len(value))]
-    return class_names(names, source, path=path, form=", as a list or by their numbers from 0 on")
+    return class_names(names, source, path=path, expected="the names of the classes, as a list or by their numbers from 0 on")
