@@ -31,7 +31,7 @@ from fgvc.images.plain import resample
 from fgvc.rng import SAMPLE, generator, seeded_globals
 
 Window = tuple[int, int, int, int]
-"""left, top, right, bottom in whole pixels of the image: never empty, never outside it."""
+"""A box (`fgvc.images.preprocess.Box`) in whole pixels of the image: never empty, never outside it."""
 
 
 class Augmenter:

@@ -17,7 +17,9 @@ from fgvc.config.images import Interpolation, Preprocess, Triple
 from fgvc.images.plain import resample
 
 Box = tuple[float, float, float, float]
-"""left, top, right, bottom in continuous pixels: pixel (column j, row i) covers [j, j+1) x [i, i+1)."""
+"""left, top, right, bottom in continuous pixels, half-open: pixel (column j, row i) covers [j, j+1) x [i, i+1), and is the box
+(j, i, j+1, i+1). All boxes of fgvc are so, tuples or the rows of arrays and tensors (N,4); only `ImageIndex.boxes` are as the
+tables of a data set in CUB's layout have them, until `ImageIndex.corners` reads them."""
 
 # A resized image of more than this many times the network's input is never built as a whole (a 1 x 10,000,000 strip).
 _LARGEST_RESIZED = 16

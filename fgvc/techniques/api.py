@@ -33,7 +33,7 @@ class Batch:
     index: Tensor  # (B,) int64: rows of the ImageIndex
     geometry: Tensor  # (B,2,3) float32: crop pixel -> original pixel
     render: Tensor | None = None  # (B,3,h,w) float32: x_clean as it was rendered, maybe larger (Plan.render)
-    boxes: Tensor | None = None  # (B,4) float32: x, y, width, height in original pixels, upright; NaN where there is none
+    boxes: Tensor | None = None  # (B,4) float32: left, top, right, bottom in the upright original; NaN where there is none
 
     @property
     def finest(self) -> Tensor:

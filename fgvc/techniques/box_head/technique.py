@@ -90,15 +90,13 @@ class BoxHead(Technique):
 
 
 def in_crop(boxes: Tensor, geometry: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Boxes (B,4) float32 of x1, y1, x2, y2 in crops of `size` (height, width), clipped to them; and the share (B,) of each box's
-    area that lies in the crop, NaN where it is empty or not known.
+    """Map boxes (B,4) from the originals into crops of `size` (height, width), by the matrices (B,2,3) crop -> original.
 
-    From boxes (B,4) of x, y, width, height in the original, and matrices (B,2,3) crop -> original, both upright; a turned box
-    becomes the hull of its corners.
+    Returns the boxes (B,4) float32, clipped to the crops, and the share (B,) of each box's area that lies in its crop, NaN where
+    the box is empty or unknown. A turned box becomes the hull of its corners.
     """
     matrices, boxes = geometry.double(), boxes.double()
-    shares = boxes.new_tensor([[0, 0], [1, 0], [0, 1], [1, 1]])
-    corners = boxes[:, None, :2] + shares * boxes[:, None, 2:]
+    corners = boxes[:, [[0, 1], [2, 1], [0, 3], [2, 3]]]
     back = torch.linalg.inv(matrices[:, :, :2])
     placed = torch.einsum("bij,bnj->bni", back, corners - matrices[:, None, :, 2])
     hull = torch.cat([placed.amin(1), placed.amax(1)], dim=1)
