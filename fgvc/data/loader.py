@@ -164,7 +164,7 @@ class TrainLoader:
         return self._running
 
     def steps(self, number: int, images: int) -> list[tuple[int, list[tuple[str, NDArray[np.uint8]]]]]:
-        """Of the first `images` samples of an epoch's first micro-batch: the row, and the picture after each step of the
+        """The first `images` samples of an epoch's first micro-batch: each sample's row, and its picture after each step of the
         augmentation (`Augmenter.steps`)."""
         self._stop()
         self._order.epoch, self._order.start = number, 0

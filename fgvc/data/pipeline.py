@@ -64,7 +64,7 @@ def pipeline_steps(tree: Mapping[str, Any], size: tuple[int, int]) -> list[Step]
 
 
 class _Fault(Exception):
-    """What is wrong with a node, beginning with its place."""
+    """Error in a node of a pipeline; its message begins with the node's place."""
 
 
 def _class(node: Mapping[str, Any]) -> str:
@@ -136,7 +136,7 @@ def _made(node: Mapping[str, Any]) -> Any:
 
 
 def _in_words(error: Exception) -> str:
-    """What a constructor complains of; pydantic's errors come with pages of advice."""
+    """Message of a constructor's exception, without the pages of advice that pydantic adds."""
     if isinstance(error.__cause__, ValidationError):
         rows = [
             (".".join(map(str, row["loc"])), row["msg"].removeprefix("Value error, "))

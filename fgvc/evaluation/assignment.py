@@ -1,4 +1,4 @@
-"""Which output of a network stands for which class, by its answers about labelled images."""
+"""Assignment of a network's outputs to classes, by its answers about labelled images."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fgvc.evaluation.paired import mean_interval
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
-    """Which class each output of the network stands for, by its answers."""
+    """Assignment of the network's outputs to classes: as stated, and as its answers show."""
 
     stated: tuple[str, ...]  # a name an output, as they are stated or follow from the folder; () where none are
     assigned: tuple[str | None, ...]  # (K,) the class of each output; None: of no class among the images
@@ -54,7 +54,7 @@ def halved(labels: NDArray[np.int64]) -> tuple[NDArray[np.bool_], NDArray[np.boo
 
 
 def assign(answers: NDArray[np.float64], labels: NDArray[np.int64]) -> dict[int, int]:
-    """The one-to-one assignment of outputs to classes under which the labels are likeliest: class -> output.
+    """Assign outputs to classes one to one so that the labels (N,) are likeliest; returns class -> output.
 
     `answers` (N,K) log-probabilities. Raises FgvcError where there are more classes than outputs.
     """

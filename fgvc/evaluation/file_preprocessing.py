@@ -1,4 +1,4 @@
-"""Asking a deployed file about labelled images: how it is fed, and in which order its classes are."""
+"""Search for the preprocessing and the class order of a deployed file, by its answers about labelled images."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ UNASSIGNED = "?"  # in place of a class, for an output that is of none among the
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class FileSearch(Display):
-    """What a deployed file's answers say of its preprocessing and of its labels."""
+    """Preprocessing and labels of a deployed file, by its answers."""
 
     path: Path
     spec: Preprocess  # the likeliest, with what the file itself takes and does
@@ -66,13 +66,13 @@ class FileSearch(Display):
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """A class an output, as the answers show them; where they show none as stated, or UNASSIGNED."""
+        """The class of each output, as the answers show; where they show none, the stated class, or UNASSIGNED."""
         order = self.search.order
         return order.stated if self.order_holds and order.stated else shown_labels(order)
 
     @property
     def doubts(self) -> tuple[str, ...]:
-        """What these images do not tell of how the file is fed, in words."""
+        """The settings of the preprocessing that these images leave undecided, a sentence each."""
         search = self.search
         return tuple(
             f"these images do not tell {other.factor.replace('_', ' ')} {search.best.value(other.factor)} from "
@@ -82,7 +82,7 @@ class FileSearch(Display):
         )
 
     def numbers(self) -> dict[str, Any]:
-        """For JSON."""
+        """Values for JSON."""
         search, order = self.search, self.search.order
         return {
             "file": str(self.path),
@@ -105,7 +105,7 @@ class FileSearch(Display):
         }  # fmt: skip
 
     def lines(self) -> list[str]:
-        """For people."""
+        """Lines of text for the terminal."""
         search, best, order = self.search, self.search.best, self.search.order
         lines = [
             f"{self.path}: asked about {search.images} images of {search.classes} classes, {search.trials} preprocessings, "
@@ -193,7 +193,7 @@ def search_file(
 
 
 def shown_labels(order: Order) -> tuple[str, ...]:
-    """A class an output, as the answers show them; where they show none as stated, or UNASSIGNED."""
+    """The class of each output, as the answers show; where they show none, the stated class, or UNASSIGNED."""
     stated = order.stated or (UNASSIGNED,) * len(order.assigned)
     free = [name for name in stated if name not in order.assigned]
     return tuple(
@@ -204,7 +204,7 @@ def shown_labels(order: Order) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class StatedAnswers:
-    """What a file's answers about images say of a stated preprocessing."""
+    """Test of a stated preprocessing by a file's answers about labelled images."""
 
     order: Order | None = None  # of its outputs where it is fed so; None: it does not know the images
     likelier: Preprocess | None = None  # by which it names more of them rightly, for certain; None: nothing denies what is stated
@@ -214,8 +214,9 @@ class StatedAnswers:
 def ask_stated(
     path: Path, index: ImageIndex, *, spec: Preprocess, labels: Sequence[str] = (), seconds: float
 ) -> StatedAnswers:
-    """Ask a file that is said to be fed as `spec` about images. `labels`: a class an output, where these are stated, too;
-    `seconds`: that the search for a likelier preprocessing may take. Where a class has too few images nothing is known."""
+    """Test whether a file is fed as stated by `spec`, by its answers about labelled images. `labels`: the class of each output,
+    where these are stated, too; `seconds`: limit of the search for a likelier preprocessing. Where a class has too few images the
+    result is empty."""
     session = OnnxSession(path, output=spec.output, classes=len(labels) or None)
     try:
         pictures, numbers = _pictures(index, min(IMAGES, max(COARSE, FEWEST_A_CLASS * len(index.classes))))
@@ -243,8 +244,8 @@ def _known_order(
     session: OnnxSession, pictures: Sequence[Image.Image], labels: NDArray[np.int64], classes: Sequence[str],
     stated: Sequence[str], spec: Preprocess,
 ) -> Order | None:
-    """Which output is of which class; None: the net does not know the images (more than half, each by the order that the other
-    half shows). `stated`: as of `Order`; where none are, the sorted classes if there are as many as outputs."""
+    """Order of the outputs; None where the net names no more than a share KNOWN of the images rightly, each by the order that the
+    other half shows. `stated`: as of `Order`; where none are, the sorted classes if there are as many as outputs."""
     batches = (pictures[at : at + BATCH] for at in range(0, len(pictures), BATCH))
     logits = np.concatenate([session.logits(np.stack([preprocess(p, spec) for p in batch])) for batch in batches])
     answers = log_probabilities(logits, session.file.ending)
@@ -259,8 +260,8 @@ def _normalisations(file: Description) -> tuple[str, ...]:
 
 
 def _pictures(index: ImageIndex, limit: int) -> tuple[list[Image.Image], NDArray[np.int64]]:
-    """Balanced images, decoded, and their labels; fewer where they are large. Of train where that has enough: what a
-    network has by heart tells preprocessings apart best."""
+    """Decode up to `limit` images, as many of each class, and return them with their labels (N,); fewer where they are large.
+    They are of train where that has enough images: those that a network has learned tell preprocessings apart best."""
     train = index.rows("train")
     rows = train if len(train) >= limit else np.arange(len(index))
     pictures, labels, pixels, unreadable = list[Image.Image](), list[int](), 0, 0

@@ -1,4 +1,4 @@
-"""Which images a comparison is made on: with a deployed file, those that it was not trained on."""
+"""Selection of the images that a comparison is made on: with a deployed file, those that it was not trained on."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SAMPLE = 500  # images that a file is asked about whether it has seen them
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Source:
-    """A set of images that are compared on, as it is divided."""
+    """The set of images to compare on, with its splits and the ones that a run learned from."""
 
     name: str
     index: ImageIndex
@@ -147,7 +147,7 @@ def _of_split(source: _Source, split: Split | None, deployed: Sequence[Side]) ->
 
 
 def _of_folder(source: _Source | None, folder: Path) -> Images:
-    """All images of a folder that a deployed file has not seen, but for near copies of those of the set."""
+    """Select all images of a folder that a deployed file has not seen, without near copies of images of the set."""
     if source is None:
         index = read_folder(folder)
         note = "near copies of images that were seen are not left out: --data names no set to look for them"
@@ -229,7 +229,7 @@ def _all_of(pool: Pool) -> NDArray[np.int64]:
 
 
 def evidence(side: Side, index: ImageIndex) -> str:
-    """How well a deployed file names images of a set, up to SAMPLE of all classes, in words; empty: none could be asked about."""
+    """Describe how well a deployed file names images of a set, up to SAMPLE of all classes; empty: none could be evaluated."""
     if not set(index.classes) <= set(side.classes) or not len(index):
         return ""
     rows = spread(np.argsort(index.labels, kind="stable"), SAMPLE)

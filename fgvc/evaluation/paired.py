@@ -39,7 +39,7 @@ class Paired:
 
     @property
     def verdict(self) -> Literal["gain", "loss", "unclear"]:
-        """Which of them is better, where chance alone would seldom do this (p below 1 - LEVEL)."""
+        """Whether B gains or loses against A, where chance alone would seldom do this (p below 1 - LEVEL); else unclear."""
         return "unclear" if self.p >= 1 - LEVEL else "gain" if self.gain > 0 else "loss"
 
     @property

@@ -122,8 +122,8 @@ def _file_beside(path: Path, name: str) -> Path:
 
 
 def _known_by(path: Path, other: Path) -> dict[str, Path]:
-    """What the run or bundle on the other side knows of a lone file, where it was trained from just that file or written into
-    it: the file of its labels, and of its preprocessing. Only what the file itself lacks."""
+    """Files with the labels and the preprocessing of a lone .onnx file, from the run or bundle on the other side, where that was
+    trained from this very file or written into it. Only what the file itself lacks."""
     if not path.is_file() or not other.is_dir():
         return {}
     record = other / (RECORD if is_run(other) else "contract.json")

@@ -77,7 +77,7 @@ def _put(tensor: TensorProto, values: NDArray[np.float64]) -> None:
 
 
 def _classes(model: onnx.ModelProto, output: str) -> int:
-    """Number of classes by the declared output; -1 where it is left open."""
+    """Number of classes that the declared output has; -1 where the file leaves it open."""
     dims = [proto.type.tensor_type.shape.dim for proto in model.graph.output if proto.name == output]
     return int(dims[0][-1].dim_value) if dims and len(dims[0]) and dims[0][-1].HasField("dim_value") else -1
 

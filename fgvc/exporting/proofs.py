@@ -192,7 +192,8 @@ def differing_rows(
 
 
 def peek(images: Iterable[np.ndarray]) -> tuple[np.ndarray, Iterable[np.ndarray]]:
-    """Up to 8 images of the first batch that has any, and all batches. Raises FgvcError where there is none."""
+    """Read up to 8 images of the first batch that is not empty; returns them, and all batches. Raises FgvcError where there is
+    none."""
     batches = iter(images)
     first = next((batch for batch in batches if len(batch)), None)
     if first is None:

@@ -45,7 +45,7 @@ def normalise(pixels: NDArray[np.uint8], spec: Preprocess) -> NDArray[np.float32
 
 
 def fit(image: Image.Image, spec: Preprocess) -> NDArray[np.uint8]:
-    """The image resized and cropped to uint8 (H,W,3).
+    """Resize and crop an image to uint8 (H,W,3).
 
     It is laid onto a canvas of size / crop_pct - covering it (crop), whole in its middle (pad) or filling it (squash) - and the
     centre of the canvas is the result."""
@@ -106,7 +106,7 @@ def keeps_pixels(spec: Preprocess, white: int = 255) -> bool:
 
 
 def described(spec: Preprocess) -> str:
-    """All settings of a preprocessing on one line."""
+    """Describe all settings of a preprocessing on one line."""
     settings = _settings(spec)
     usual = {"antialias": True, "network.in_graph": (), "network.ending": None}
     without_effect = {key for key, value in usual.items() if settings.get(key) == value}
@@ -115,7 +115,8 @@ def described(spec: Preprocess) -> str:
 
 
 def _settings(spec: Preprocess) -> dict[str, Any]:
-    """What is done to an image, by the keys of preprocess.json; and as `network.*` how the result is fed, where that is known."""
+    """Settings of a preprocessing by the keys of preprocess.json; and as `network.*` the input and output of the file, where they
+    are known."""
     settings = {key: value for key, value in spec if key != "network"}
     if spec.network is not None and spec.network.whole:
         settings |= {f"network.{key}": getattr(spec.network, key) for key in ("layout", "dtype", "in_graph", "ending")}

@@ -1,4 +1,5 @@
-"""What is to be improved: a deployed file or a net of timm's, the images in three splits, and the recipe that all rungs share.
+"""Definition of an improvement: a deployed file or a net of timm's, the images in three splits, and the recipe that all rungs
+share.
 
 Decided once and recorded: `task.json`, `images.csv`, and `deployed/` with the file, its labels and its preprocessing.
 """
@@ -43,7 +44,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """What is improved, as decided; `recipe`: the tree of settings that all rungs share."""
+    """Definition of an improvement; `recipe`: the tree of settings that all rungs share."""
 
     name: str  # of the file, or of the net
     file: str | None  # the kept copy of the deployed file; None: a net of timm's
@@ -94,7 +95,7 @@ class Task:
 
 
 def look(request: Request, out: Path, say: Say) -> Task:
-    """Look at all that is given, and decide; or read what an earlier session decided.
+    """Inspect the file and the images and define the task; or read the task that an earlier session recorded.
 
     Raises FgvcError with everything that is wrong or missing at once, and where a resumed command asks for something else.
     """
@@ -133,7 +134,7 @@ def _task(stored: dict[str, Any]) -> Task:
 
 
 def _several(*checks: Callable[[], Any]) -> list[Any]:
-    """The results of all checks. Raises FgvcError with the messages of all that fail."""
+    """Run several checks and return their results. Raises FgvcError with the messages of all that fail."""
     results, errors = list[Any](), list[FgvcError]()
     for one in checks:
         try:
@@ -231,8 +232,8 @@ def _beside(request: Request, file: Path) -> Path:
 
 
 def _inspected(request: Request, file: Path, labels: Labels | None) -> tuple[Preprocess | None, Inspection]:
-    """How the file is fed where that is stated, and what it is. Which of several outputs has the classes is told by the former,
-    or by the number of the labels."""
+    """Read the stated preprocessing (None: none is stated), and inspect the file. Which of several outputs has the classes
+    follows from the former, or from the number of the labels."""
     fed = read_preprocess(beside) if (beside := _beside(request, file)).is_file() else None
     output = None if fed is None else fed.output
     if output is None and labels is not None:
@@ -252,8 +253,8 @@ def _stack(
     request: Request, file: Path, labels: Labels | None, fed: Preprocess | None, inspection: Inspection, divided: Divided,
     out: Path, say: Say,
 ) -> tuple[Preprocess, tuple[str, ...], tuple[str, ...]]:
-    """How the file is fed, its labels, and what is in doubt of the former: as stated (`fed`, `labels`), else as its answers about
-    images that do not judge say. Raises FgvcError where that is not plain, or where these deny what is stated."""
+    """Determine preprocessing and labels, and the doubts about the former: as stated (`fed`, `labels`), else by the file's
+    answers about images that do not judge. Raises FgvcError where these leave it open, or contradict what is stated."""
     if fed is not None and fed.size != inspection.size:
         ours, theirs = ("x".join(map(str, sides)) for sides in (fed.size, inspection.size))
         raise FgvcError(

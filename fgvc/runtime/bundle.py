@@ -117,8 +117,8 @@ class Bundle(Display):
         return predict(self._engines[variant], images, top_k=top_k)
 
     def explain(self, images: Pictures, *, target: str | None = None) -> Results[ExplainedPicture]:
-        """Where it looks in pictures, by the class activation maps of its `explain.onnx`: those of the class `target`, by default
-        of the one that each picture is taken for. Raises FgvcError where it has none."""
+        """Compute class activation maps of pictures by the bundle's `explain.onnx`: those of the class `target`, by default of
+        the predicted one. Raises FgvcError where the bundle has none."""
         from fgvc.runtime.explain import load_explainer
         from fgvc.runtime.explained import explain_pictures
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Batch:
-    """One micro-batch's images on the device, after normalisation. `x` may be mixed; `x_clean` never is."""
+    """The images of one micro-batch on the device, after normalisation. `x` may be mixed; `x_clean` never is."""
 
     x: Tensor  # (B,3,H,W) float32
     target: Target
@@ -110,7 +110,7 @@ class EpochStart:
 
 @dataclass(frozen=True, slots=True)
 class Draws:
-    """All that is random or scheduled in one step, fixed before the forward so that nothing depends on the order of calls:
+    """All random and scheduled values of one step, fixed before the forward so that nothing depends on the order of calls:
     recomputation under activation checkpointing and SAM's second pass read the same numbers."""
 
     progress: float  # share of the training that is done, in [0, 1)

@@ -30,7 +30,7 @@ Gate = Callable[[Tensor, "Context"], Tensor]
 
 @dataclass(slots=True)
 class Attachments:
-    """All that the techniques of a net attach to it: read by the step, stripped at export."""
+    """All that the techniques attach to a net: read by the step, stripped at export."""
 
     net: nn.Module
     size: tuple[int, int]

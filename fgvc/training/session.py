@@ -1,4 +1,4 @@
-"""The parts of a run in training, built from its recipe in one place, and their state, as a checkpoint holds it."""
+"""The parts of a run in training, built from its recipe in one place, and their state as a checkpoint holds it."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Predictions:
 
 @dataclass(slots=True)
 class Session:
-    """One process of one run in training: its net, data, optimizer and progress."""
+    """One process of a run in training: its net, data, optimizer and progress."""
 
     recipe: Recipe
     process: ProcessGroup

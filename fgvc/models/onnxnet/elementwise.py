@@ -96,7 +96,8 @@ def dropout(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs) -> 
 
 @converts("Cast")
 def cast(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs) -> list[Value]:
-    """Among floats nothing: all is trained in one type. From whole numbers to that type; to whole numbers by truncation."""
+    """Convert Cast: nothing among floats, since all is trained in one type; whole numbers become that type; to whole numbers by
+    truncation."""
     x = b.live(first(inputs))
     if a["to"] in FLOATS:
         return [x if x.metas[0].is_floating_point() else b.call(as_float, x)]

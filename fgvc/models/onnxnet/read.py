@@ -30,7 +30,7 @@ INT8 = {
 
 @dataclass(slots=True)
 class Graph:
-    """A file's graph in torch, whole."""
+    """A file's graph, converted to torch."""
 
     path: Path
     builder: Builder

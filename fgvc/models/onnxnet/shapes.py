@@ -250,7 +250,8 @@ def pad(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs) -> list
 
 @converts("Resize", "Upsample")
 def resize(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs) -> list[Value]:
-    """Along each axis a product with a matrix, which is what onnx's reference implementation does to unit vectors."""
+    """Convert Resize: a product with a matrix along each axis, which is found by onnx's reference implementation from unit
+    vectors."""
     x = b.live(first(inputs))
     for axis in range(1, x.rank):
         matrix = _resizing(b, node, a, inputs, x, axis)
@@ -260,12 +261,12 @@ def resize(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs) -> l
 
 
 def along(x: Tensor, matrix: Tensor, axis: int) -> Tensor:
-    """x with its axis multiplied by `matrix` (new, old)."""
+    """Multiply one axis of x by `matrix` (new, old)."""
     return torch.movedim(torch.movedim(x, axis, -1) @ matrix.to(x.dtype).T, -1, axis)
 
 
 def _resizing(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs, x: Live, axis: int) -> np.ndarray | None:
-    """(new, old) float32; None: that axis stays."""
+    """Matrix (new, old) float32 of the resizing along an axis; None: that axis stays."""
     length = x.shape[axis]
     old = node.op_type == "Upsample" or b.opsets.get("", 13) < 11  # inputs: x, scales (an attribute before opset 9)
     stated = inputs[1 if old else 2] if len(inputs) > (1 if old else 2) else None

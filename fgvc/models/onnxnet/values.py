@@ -1,4 +1,4 @@
-"""What the values of an ONNX graph are while it is converted: known numbers, stored tensors, live results.
+"""Values of an ONNX graph during its conversion: known numbers, stored tensors, and results that depend on the image.
 
 *Known*: numbers that nothing trains, such as shapes and bounds; where they depend on the batch they are held for several
 batches. *Stored*: a tensor of floats in the file, maybe through views (Transpose, Reshape, Cast), which becomes a parameter.
@@ -31,7 +31,7 @@ class Known:
 
     @property
     def array(self) -> Array:
-        """Where it does not depend on the batch."""
+        """The array of a value that does not depend on the batch."""
         return self.arrays[0]
 
 
@@ -67,11 +67,11 @@ class Stored:
         return value.contiguous()
 
     def viewed(self, kind: str, argument: tuple[int, ...]) -> Stored:
-        """Through one more view."""
+        """The tensor through one more view."""
         return Stored(self.name, self.array, (*self.views, View(kind, argument, self.shape)))
 
     def transposed(self) -> Stored:
-        """A matrix with rows and columns changed places; twice is not at all."""
+        """The transposed matrix; a transposition of a transposed one is undone."""
         if self.views and (self.views[-1].kind, self.views[-1].argument) == ("permute", (1, 0)):
             return Stored(self.name, self.array, self.views[:-1])
         return self.viewed("permute", (1, 0))
@@ -93,7 +93,7 @@ class Live:
 
     @property
     def shape(self) -> torch.Size:
-        """For the first batch."""
+        """Shape for the first batch."""
         return self.metas[0].shape
 
     @property
@@ -112,7 +112,7 @@ Value = Known | Stored | Live
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """`times` batches, in the place of a number."""
+    """A number of images in a shape: `times` the batch."""
 
     times: int
 
@@ -140,7 +140,7 @@ class Doubled:
 
 @dataclass(slots=True)
 class Slot:
-    """Where a stored tensor went: a parameter or buffer of the module, and the way back to the file's shape."""
+    """Place of a stored tensor in the module: a parameter or buffer, and the views back to the file's shape."""
 
     target: str  # name in the module
     views: tuple[View, ...]
