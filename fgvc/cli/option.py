@@ -141,6 +141,7 @@ def following_serve(bundle: Path) -> None:
 
 
 def pixels(megapixels: float | None) -> int | None:
+    """Pixels of a number of megapixels; None stays None."""
     return None if megapixels is None else round(megapixels * 1e6)
 
 

@@ -278,8 +278,8 @@ def _among(index: ImageIndex, lines: Iterable[str], file: Path, key: str) -> NDA
 
 def _listed(index: ImageIndex, paths: Iterable[str]) -> NDArray[np.bool_]:
     """Mask (N,) of the rows with these paths."""
-    wanted = set(_relative(paths, index.root))
-    return np.fromiter((path in wanted for path in index.paths), dtype=bool, count=len(index))
+    listed = set(_relative(paths, index.root))
+    return np.fromiter((path in listed for path in index.paths), dtype=bool, count=len(index))
 
 
 def _relative(lines: Iterable[str], root: Path) -> Iterable[str]:

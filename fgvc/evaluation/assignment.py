@@ -32,6 +32,7 @@ class Order:
 
     @property
     def decided(self) -> bool:
+        """Whether the images decide: the stated order holds, none is stated, or the other one is likelier for certain."""
         return self.holds or not self.stated or self.low > 0
 
 

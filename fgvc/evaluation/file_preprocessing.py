@@ -42,7 +42,7 @@ from fgvc.runtime.labels import Labels, labels_of
 
 MAX_PIXELS_HELD = 150_000_000  # of all images, which are kept decoded
 BYTES = "0 to 255"  # the one normalisation of a file that takes whole numbers
-KNOWN = 0.5  # share of right answers, in whatever order, from which an order is believed rather than what somebody states
+TRUSTED_SHARE = 0.5  # share of right answers, in whatever order, from which an order is believed rather than what somebody states
 UNASSIGNED = "?"  # in place of a class, for an output that is of none among the images
 
 
@@ -57,6 +57,7 @@ class FileSearch(Display):
 
     @property
     def decided(self) -> bool:
+        """Whether the answers decide both the preprocessing and the order of the labels."""
         return not self.search.undecided and self.search.order.decided
 
     @property
@@ -227,7 +228,7 @@ def ask_stated(
         lambda x: log_probabilities(session.logits(x), session.file.ending), pictures, numbers, spec, normalisations=names,
         seconds=seconds,
     )  # fmt: skip
-    order = _known_order(session, pictures, numbers, index.classes, labels, spec)
+    order = _shown_order(session, pictures, numbers, index.classes, labels, spec)
     if pair is None:
         return StatedAnswers(order)
     given, best = pair
@@ -240,16 +241,16 @@ def ask_stated(
     return StatedAnswers(order, best.spec.model_copy(update={"network": session.file.record}), words)
 
 
-def _known_order(
+def _shown_order(
     session: OnnxSession, pictures: Sequence[Image.Image], labels: NDArray[np.int64], classes: Sequence[str],
     stated: Sequence[str], spec: Preprocess,
 ) -> Order | None:
-    """Order of the outputs; None where the net names no more than a share KNOWN of the images rightly, each by the order that the
+    """Order of the outputs; None where the net names no more than TRUSTED_SHARE of the images rightly, each by the order that the
     other half shows. `stated`: as of `Order`; where none are, the sorted classes if there are as many as outputs."""
     batches = (pictures[at : at + BATCH] for at in range(0, len(pictures), BATCH))
     logits = np.concatenate([session.logits(np.stack([preprocess(p, spec) for p in batch])) for batch in batches])
     answers = log_probabilities(logits, session.file.ending)
-    if cross_scored(answers, labels)[1].mean() <= KNOWN:
+    if cross_scored(answers, labels)[1].mean() <= TRUSTED_SHARE:
         return None
     stated = stated or (classes if len(classes) == answers.shape[1] else ())
     return output_order(answers, labels, classes, stated)

@@ -37,13 +37,13 @@ def by_its_answers(run: LoadedRun, deployed: Stack, stated: Agreement, *, say: C
     if search.search.undecided:
         say(f"its answers do not tell: {', '.join(a.factor for a in search.search.undecided)} may be another")
         return stated
-    known = replace(deployed, preprocess=ours.preprocess)
-    if known.labels is None and search.search.order.assigned == ours.labels:
-        known = replace(known, labels=ours.labels)
+    completed = replace(deployed, preprocess=ours.preprocess)
+    if completed.labels is None and search.search.order.assigned == ours.labels:
+        completed = replace(completed, labels=ours.labels)
     best = search.search.best
     words = f"by its answers about {search.search.images} images ({100 * best.accuracy:.1f} % right)"
     say(f"{deployed.path}: fed as the run is, {words}, of {search.search.trials} preprocessings")
-    return replace(agreement(ours, known), answers=words)
+    return replace(agreement(ours, completed), answers=words)
 
 
 def _refuse_other(search: FileSearch, ours: Stack, deployed: Stack) -> None:

@@ -35,6 +35,7 @@ class Paired:
 
     @property
     def images(self) -> int:
+        """Number N of images."""
         return len(self.labels)
 
     @property
@@ -54,6 +55,7 @@ class Paired:
 
     @property
     def gain(self) -> float:
+        """Top-1 of B minus top-1 of A, a share."""
         return float(self.b_right.mean() - self.a_right.mean())
 
     @property

@@ -74,10 +74,12 @@ class Trial:
 
     @property
     def loss(self) -> float:
+        """Mean loss in nats."""
         return float(self.losses.mean())
 
     @property
     def accuracy(self) -> float:
+        """Share of right answers, in [0,1]."""
         return float(self.right.mean())
 
     def value(self, factor: Factor) -> object:
@@ -103,6 +105,7 @@ class Alternative:
 
     @property
     def decided(self) -> bool:
+        """Whether the best trial is better for certain: the interval of the difference in loss lies above 0."""
         return self.low > 0
 
     @property

@@ -99,10 +99,10 @@ def _resize_reshapes(model: onnx.ModelProto, last: Collection[str], old: int, ne
             tensor.CopyFrom(resized)
 
 
-def refuse_shape(classes: int, wanted: int, path: Path) -> None:
+def refuse_shape(classes: int, expected: int, path: Path) -> None:
     """Raise FgvcError where the written file has another number of classes than it should."""
-    if classes != wanted:
+    if classes != expected:
         raise FgvcError(
-            f"{path}: has the number of its classes elsewhere in its graph, too, so that its last layer can't be of {wanted}: "
+            f"{path}: has the number of its classes elsewhere in its graph, too, so that its last layer can't be of {expected}: "
             "train a net of model.backbone in its place"
         )

@@ -70,4 +70,5 @@ def unread(graph: GraphProto) -> set[str]:
 
 
 def is_float(tensor: TensorProto) -> bool:
+    """Whether a tensor is floating-point."""
     return TensorProto.DataType.Name(tensor.data_type).lower() in FLOATING

@@ -172,9 +172,9 @@ def inspect_file(
     net = OnnxNet(read_graph(path, model, size, output=output)).eval()
     tensors = stored_tensors(model)
     folded = folded_convolutions(net)
-    known = look_up(net)
-    if known.twin is not None:
-        net.set_stages(known.twin.stages)
+    twins = look_up(net)
+    if twins.twin is not None:
+        net.set_stages(twins.twin.stages)
     with torch.no_grad():
         features = net.forward_features(torch.zeros(1, 3, *net.size))
     trained = {name for name, slots in net.slots.items() if any(slot.trained for slot in slots)}
@@ -208,7 +208,7 @@ def inspect_file(
         bare=folded.left,
         trainable={name: tuple(tensors[name].dims) for name in tensors if name in trained},
         untrained=net.untouched,
-        timm=known.numbers() | {"line": known.line()},
+        timm=twins.numbers() | {"line": twins.line()},
         labels=labels_of(path) if labels is None else Labels(stack.labels or (), str(labels)),
         preprocess=spec,
         search=search,
@@ -247,12 +247,12 @@ def difference_from_onnxruntime(path: Path, net: OnnxNet, x: NDArray[np.float32]
     worst, largest, classes = 0.0, 1e-30, list[int]()
     for start in range(0, len(x), BATCH):
         images = x[start : start + BATCH]
-        wanted = session.scores(images)
+        reference = session.scores(images)
         with torch.no_grad():
             own = net.probabilities(net(torch.from_numpy(images))).double().numpy()
-        worst = float(np.maximum(worst, np.abs(own - wanted).max()))  # NaN stays
-        largest = max(largest, float(np.abs(wanted).max()))
-        classes += wanted.argmax(1).tolist()
+        worst = float(np.maximum(worst, np.abs(own - reference).max()))  # NaN stays
+        largest = max(largest, float(np.abs(reference).max()))
+        classes += reference.argmax(1).tolist()
     return Answers(worst / largest, classes)
 
 

@@ -92,6 +92,7 @@ class Behavioural:
 
     @property
     def batch_bar(self) -> float:
+        """The largest difference allowed between an image alone and the same image in a batch."""
         return BATCH_TOLERANCE * self.bar / ONNX_TOLERANCE
 
     @property

@@ -38,11 +38,11 @@ def divide_last(net: OnnxNet, temperature: float, x: np.ndarray) -> str:
         return "its last layer is computed in the graph, or read elsewhere, too"
     images = torch.from_numpy(x).double()
     with torch.no_grad():
-        wanted = net(images) / temperature
+        expected = net(images) / temperature
         kept = [parameter.clone() for parameter in parameters]
         for parameter in parameters:
             parameter.div_(temperature)
-        difference = float((net(images) - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30))
+        difference = float((net(images) - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
         if difference <= FOLD_TOLERANCE:
             return ""
         for parameter, values in zip(parameters, kept, strict=True):

@@ -257,11 +257,11 @@ def _timings(
     task: Task, out: Path, clock: Clock, view: View, pool: Workers, *, budget: float
 ) -> tuple[dict[str, Timing], int]:
     """Time what the rungs cost, as many side by side as will run. Raises FgvcError where the base can't be trained."""
-    wanted, precision = (candidates(task), "auto") if budget >= LONG else ({BASE: {}}, "fp32")
+    settings_by_name, precision = (candidates(task), "auto") if budget >= LONG else ({BASE: {}}, "fp32")
     slots = 1 if torch.cuda.is_available() else min(2, available_cpus())
-    view.say(f"timing a few steps of {some(list(wanted), 9)}")
+    view.say(f"timing a few steps of {some(list(settings_by_name), 9)}")
     jobs = []
-    for name, settings in wanted.items():
+    for name, settings in settings_by_name.items():
         path = out / "recipes" / f"time-{name}.yaml"
         write_recipe(recipe_of(task.recipe, merged(settings, {"train": {"precision": precision}})), path)
         jobs.append(Job(name, ("time", str(path)), out / "logs" / f"time-{name}.log"))

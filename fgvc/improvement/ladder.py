@@ -66,6 +66,7 @@ class Plan:
     timings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def of(self, stage: Stage) -> tuple[Rung, ...]:
+        """The rungs of a stage."""
         return tuple(rung for rung in self.rungs if rung.stage == stage)
 
     @property
@@ -75,10 +76,12 @@ class Plan:
 
     @property
     def record(self) -> dict[str, Any]:
+        """Values for JSON, which `read` reads."""
         return asdict(self)
 
     @classmethod
     def read(cls, stored: Mapping[str, Any]) -> Plan:
+        """The plan from its record in JSON."""
         return cls(**{**stored, "rungs": tuple(Rung(**rung) for rung in stored["rungs"])})
 
 
@@ -199,18 +202,18 @@ def _ladders(task: Task, timings: Mapping[str, Timing]) -> list[tuple[tuple[str,
     With fewer than six epochs another rung costs more than it gives: on the birds file the plain recipe alone had, at its best
     share, 76.9 % of the images that choose after 3 epochs, 79.3 after 6 and 79.5 after 9; taught, 78.3 after 3 (docs/improve.md).
     """
-    known = [entry["name"] for entry in portfolio() if entry["name"] in timings]
+    timed = [entry["name"] for entry in portfolio() if entry["name"] in timings]
     if not task.chooses:
         return [((FINAL, PLAIN), 1)]
-    if not known and TAUGHT not in timings:  # too little time to time more than the base
+    if not timed and TAUGHT not in timings:  # too little time to time more than the base
         return [((BASE, FINAL), 1)]
-    one = (TAUGHT,) if TAUGHT in timings else ()
+    taught_rung = (TAUGHT,) if TAUGHT in timings else ()
     tuned = (TEACHER,) if TEACHER in timings else ()
-    first = one or (known[0],)
+    first = taught_rung or (timed[0],)
     return [
-        ((BASE, *known, *one, *tuned, STUDENT, FINAL, PLAIN), 12),
-        ((BASE, *known, *one, STUDENT, FINAL, PLAIN), 8),
-        ((BASE, *known, *one, FINAL, PLAIN), 8),
+        ((BASE, *timed, *taught_rung, *tuned, STUDENT, FINAL, PLAIN), 12),
+        ((BASE, *timed, *taught_rung, STUDENT, FINAL, PLAIN), 8),
+        ((BASE, *timed, *taught_rung, FINAL, PLAIN), 8),
         ((BASE, STUDENT, FINAL, PLAIN), 3) if task.unlabelled else ((BASE, *first, FINAL, PLAIN), 6),
         ((BASE, FINAL), 1),
     ]
@@ -340,8 +343,8 @@ LEARN_ALL = {"data": {"hold_out": False}}
 def unchosen(task: Task, timings: Mapping[str, Timing]) -> dict[str, Any]:
     """Settings of the run that ships where no image can choose: the first of the portfolio, with a teacher where one can be
     timed."""
-    known = [entry["settings"] for entry in portfolio() if entry["name"] in timings]
-    settings = copy.deepcopy(dict(known[0])) if known else {}
+    timed = [entry["settings"] for entry in portfolio() if entry["name"] in timings]
+    settings = copy.deepcopy(dict(timed[0])) if timed else {}
     if TAUGHT in timings:
         merge(settings, taught(task))
     return settings

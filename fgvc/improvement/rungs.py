@@ -102,6 +102,7 @@ class Ladder:
         return self.run(self.choices["ships"])
 
     def run(self, name: str) -> Path:
+        """Folder of a run by its name."""
         return self.out / "runs" / name
 
     def runs(self, rung: Rung) -> list[str]:

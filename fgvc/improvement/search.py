@@ -104,6 +104,7 @@ class Space:
 
     @property
     def left(self) -> float:
+        """Seconds until the search ends."""
         return self.deadline - time.time()
 
 

@@ -37,7 +37,7 @@ from fgvc.runtime.labels import Labels, labels_of
 from fgvc.studies.candidate import start_model
 
 BASE = "any/plain"
-MUCH = 0.02  # of a gain, below which none can be shown
+LARGE_GAIN = 0.02  # share in [0,1]: where no smaller gain can be shown there is a warning
 PREPROCESS_SHARE = 1 / 8  # of the budget, for the search of a preprocessing that nobody remembers
 Say = Callable[[str], None]
 
@@ -90,7 +90,7 @@ class Task:
         counts = f"{self.counts['train']} images to learn from, {choose}, {self.counts['test']} judge"
         least = least_gain(self.counts["test"])
         few_judge = f"so few images that judge can show no gain below {100 * least:.1f} points"
-        doubts = [*self.notes, *([few_judge] if least > MUCH else [])]
+        doubts = [*self.notes, *([few_judge] if least > LARGE_GAIN else [])]
         return [what, f"{counts}: {self.rule}", *(f"warning: {doubt}" for doubt in doubts)]
 
 

@@ -110,4 +110,5 @@ def images_that_would_decide(pair: Paired) -> int | None:
 
 
 def read_verdict(stored: Mapping[str, Any]) -> Verdict:
+    """The verdict from its record in JSON."""
     return Verdict(**{**stored, "failures": tuple(stored["failures"])})

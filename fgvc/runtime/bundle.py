@@ -252,8 +252,8 @@ def read_judge(folder: Path, labels: Sequence[str] | None = None) -> dict[str, A
     """The images that judge a bundle. Raises FgvcError where they are not those of a bundle, of classes of `labels`."""
     tree = read_json(folder / JUDGE, dict)
     images = tree.get("images")
-    known = isinstance(images, dict) and (labels is None or set(images.values()) <= set(labels))
-    if not isinstance(tree.get("unseen"), str) or not known:
+    are_classes = isinstance(images, dict) and (labels is None or set(images.values()) <= set(labels))
+    if not isinstance(tree.get("unseen"), str) or not are_classes:
         raise FgvcError(f"{folder / JUDGE}: expected paths of images with classes of this bundle; export the bundle again")
     return tree
 

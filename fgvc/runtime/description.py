@@ -314,13 +314,13 @@ def _swaps(node: Node, axis: int, constants: _Constants) -> bool:
     )  # fmt: skip
 
 
-def _output(where: str, graph: OnnxGraph, wanted: str | None, classes: int | None) -> Port:
+def _output(where: str, graph: OnnxGraph, name_given: str | None, classes: int | None) -> Port:
     """The output with the classes: the named one, the only one, or else the only one that may be (batch, classes)."""
     names = [port.name for port in graph.outputs]
-    if wanted is not None:
-        if wanted not in names:
-            raise FgvcError(f"{where}: has no output {wanted!r}; it has {', '.join(names)}")
-        return graph.outputs[names.index(wanted)]
+    if name_given is not None:
+        if name_given not in names:
+            raise FgvcError(f"{where}: has no output {name_given!r}; it has {', '.join(names)}")
+        return graph.outputs[names.index(name_given)]
     if not graph.outputs:
         raise FgvcError(f"{where}: has no output")
     if len(names) == 1:

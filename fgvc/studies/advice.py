@@ -143,6 +143,7 @@ def _ceiling(best: Result) -> list[Limitation]:
 
 
 def points(gain: Share) -> str:
+    """Text of a gain in points with its 95 % interval."""
     return f"{100 * gain.value:+.1f} points (95 %: {100 * gain.low:+.1f} to {100 * gain.high:+.1f})"
 
 

@@ -196,6 +196,7 @@ class Technique:
         """Restore the state that `state_dict` returned."""
 
 
+MAIN = "main"  # name of the view of the batch itself
 HOOKS = tuple(name for name, value in vars(Technique).items() if callable(value) and not name.startswith("_"))
 
 

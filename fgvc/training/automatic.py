@@ -107,6 +107,7 @@ def precision_seconds(step: NoiseStep) -> dict[str, float]:
 
 
 def faster(seconds: dict[str, float]) -> str:
+    """The precision to train with, by the seconds of a step: bf16 where it is below FASTER times fp32."""
     return "bf16" if seconds.get("bf16", float("inf")) < FASTER * seconds["fp32"] else "fp32"
 
 

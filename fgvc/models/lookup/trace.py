@@ -63,6 +63,7 @@ class Use:
 
 
 def layer_key(shape: Sequence[int]) -> tuple[int, ...]:
+    """Shape of a layer's weight for comparison: 1 x 1 kernels are left out, 1D ones are written as 2D."""
     rows, columns, *kernel = shape
     if all(side == 1 for side in kernel):
         return rows, columns

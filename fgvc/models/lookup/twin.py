@@ -289,11 +289,11 @@ def _parameters(
     parameters = dict(file.named_parameters()) | dict(file.named_buffers())
     whole = operand.value.double()
     if operand.direct:
-        wanted = {operand.names[0]: value.reshape(whole.shape).T if operand.turned else value}
+        tensors = {operand.names[0]: value.reshape(whole.shape).T if operand.turned else value}
     elif len(operand.names) == 1 and torch.equal(parameters[operand.names[0]].double().flatten(), whole.flatten()):
-        wanted = {operand.names[0]: value}  # a view of it
+        tensors = {operand.names[0]: value}  # a view of it
     else:
-        wanted, names = {}, list(operand.names)
+        tensors, names = {}, list(operand.names)
         for other in () if mine is None else mine.names:
             name = next((name for name in names if parameters[name].numel() == own[other].numel()), None)
             if name is None:
@@ -301,5 +301,5 @@ def _parameters(
                     f"the file computes numbers from {', '.join(operand.names)} otherwise than timm's net: they can't be laid"
                 )
             names.remove(name)
-            wanted[name] = own[other].detach()
-    return {name: tensor.reshape(parameters[name].shape) for name, tensor in wanted.items()}
+            tensors[name] = own[other].detach()
+    return {name: tensor.reshape(parameters[name].shape) for name, tensor in tensors.items()}

@@ -22,8 +22,8 @@ def last_tensors(net: OnnxNet) -> dict[str, Slot]:
     stored = {
         name: slots[0] for name, slots in net.slots.items() if name in net.movable and any(slot.target in LAST for slot in slots)
     }
-    wanted = [name for name in LAST if getattr(net.classifier, name.partition(".")[2]) is not None]
-    if sorted(slot.target for slot in stored.values()) != sorted(wanted):
+    expected = [name for name in LAST if getattr(net.classifier, name.partition(".")[2]) is not None]
+    if sorted(slot.target for slot in stored.values()) != sorted(expected):
         raise FgvcError("its last layer is computed in the graph")
     if any(slot.joined is not None for slot in stored.values()):
         raise FgvcError("its last layer is the mean of two of the file's")

@@ -61,6 +61,7 @@ class Builder:
         return value.array
 
     def ints(self, value: Value | None, what: str) -> list[int]:
+        """Whole numbers of a constant value. `what`: its name in the message. Raises Refused where they depend on the batch."""
         return [int(number) for number in self.constant(value, what).reshape(-1)]
 
     def sizes(self, value: Value) -> list[int | Size]:
@@ -157,9 +158,9 @@ class Builder:
         node.meta["shape"] = tuple(metas[0].shape)
         return Live(node, metas)
 
-    def add_module(self, wanted: str, module: nn.Module, **stored: Stored | None) -> str:
+    def add_module(self, base: str, module: nn.Module, **stored: Stored | None) -> str:
         """Put a module into the tree, its parameters and buffers those of stored tensors; returns its name."""
-        name = self._free(wanted)
+        name = self._free(base)
         for attribute, value in stored.items():
             if value is None:
                 continue
@@ -174,12 +175,12 @@ class Builder:
         self.learned = True
         return name
 
-    def _free(self, wanted: str) -> str:
+    def _free(self, base: str) -> str:
         """A name that nothing has: neither an attribute, nor a module around or below one."""
-        name = wanted
+        name = base
         while not name or self._taken(name):
-            self.names[wanted] += 1
-            name = f"{wanted}_{self.names[wanted]}"
+            self.names[base] += 1
+            name = f"{base}_{self.names[base]}"
         return name
 
     def _taken(self, name: str) -> bool:
@@ -293,5 +294,6 @@ def module_name(node: onnx.NodeProto, weight: str | None) -> str:
 
 
 def refusal(where: str, node: onnx.NodeProto, reason: str) -> FgvcError:
+    """The error for a node that can't be converted. `where`: the file, for the message."""
     domain = f"{node.domain}." if node.domain not in ("", "ai.onnx") else ""
     return FgvcError(f"{where}: node {node.name or node.output[0]!r} ({domain}{node.op_type}): {reason}")

@@ -107,6 +107,7 @@ def cast(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs) -> lis
 
 
 def as_float(x: Tensor) -> Tensor:
+    """Convert to torch's default floating-point type."""
     return x.to(torch.get_default_dtype())
 
 
@@ -134,6 +135,7 @@ def hard_sigmoid(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs
 
 
 def linear_clamp(x: Tensor, alpha: float, beta: float) -> Tensor:
+    """alpha x + beta, clamped to [0,1]."""
     return (alpha * x + beta).clamp(0, 1)
 
 
@@ -154,6 +156,7 @@ def selu(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs) -> lis
 
 
 def scaled_elu(x: Tensor, alpha: float, gamma: float) -> Tensor:
+    """gamma ELU(x), ELU with `alpha`."""
     return gamma * F.elu(x, alpha)
 
 
@@ -169,6 +172,7 @@ def prelu(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs) -> li
 
 
 def parametric_relu(x: Tensor, slope: Tensor) -> Tensor:
+    """relu(x) + slope min(x, 0)."""
     return F.relu(x) + slope * x.clamp(max=0)
 
 
@@ -185,6 +189,7 @@ def gelu(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs) -> lis
 
 
 def quick_gelu(x: Tensor, alpha: float) -> Tensor:
+    """x sigmoid(alpha x)."""
     return x * torch.sigmoid(alpha * x)
 
 

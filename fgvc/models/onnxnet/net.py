@@ -238,6 +238,7 @@ def _value(graph: Graph, slot: Slot) -> Any:
 
 @dataclass(slots=True)
 class Parts:
+    """The graph of a file, divided at its features and its classifier."""
     features: fx.Node
     body: fx.Graph
     pool: fx.Graph
@@ -375,14 +376,14 @@ def _between(whole: fx.Graph, start: fx.Node | None, end: fx.Node, stages: Mappi
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     entry = graph.placeholder("x")
-    wanted = _ancestors(end, start)
+    needed = _ancestors(end, start)
     ends = {stage.node: name for name, stage in stages.items()}
     if start is not None:
         copies[start] = entry
     for node in whole.nodes:
         if node.op == "placeholder" and start is None:
             copies[node] = entry
-        elif node in wanted and node is not start:
+        elif node in needed and node is not start:
             if _is_batch(node) and node.op == "call_method":
                 copies[node] = graph.call_method("size", (entry, 0))
             else:

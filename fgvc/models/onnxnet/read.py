@@ -97,9 +97,9 @@ def read_graph(
     if file.layout == "NHWC":
         x = builder.call(torch.permute, x, (0, 2, 3, 1))
     builder.values[file.input] = x
-    wanted = _needed(nodes, name)
+    needed = _needed(nodes, name)
     for node in nodes:
-        if id(node) in wanted:
+        if id(node) in needed:
             _convert(path, builder, node)
     result = builder.values.get(name)
     if not isinstance(result, Live):

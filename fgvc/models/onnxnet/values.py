@@ -26,6 +26,7 @@ class Known:
 
     @property
     def fixed(self) -> bool:
+        """Whether the array is the same for each batch."""
         first = self.arrays[0]
         return all(array is first or (array.shape == first.shape and (array == first).all()) for array in self.arrays[1:])
 
@@ -47,6 +48,7 @@ class View:
         return array.permute(self.argument) if self.kind == "permute" else array.reshape(self.argument)
 
     def back(self, array: Tensor) -> Tensor:
+        """Undo the view."""
         if self.kind == "reshape":
             return array.reshape(self.before)
         return array.permute([self.argument.index(axis) for axis in range(len(self.argument))])
@@ -61,6 +63,7 @@ class Stored:
     views: tuple[View, ...] = ()
 
     def tensor(self) -> Tensor:
+        """The values as the views show them, contiguous: float64 where the file has that, else float32."""
         value = torch.from_numpy(np.array(self.array, np.float64 if self.array.dtype == np.float64 else np.float32))
         for view in self.views:
             value = view(value)
@@ -125,6 +128,7 @@ class Columns:
     end: int
 
     def back(self, array: Tensor) -> Tensor:
+        """The columns (K,`end` - `start`) of the joined weight that are this layer's."""
         return array[:, self.start : self.end]
 
 
@@ -135,6 +139,7 @@ class Doubled:
     offset: Tensor  # float64: the bias as it was, minus twice the mean
 
     def back(self, array: Tensor) -> Tensor:
+        """The bias (K,) whose mean with the fixed one is `array`."""
         return 2 * array + self.offset.to(array)
 
 
@@ -148,6 +153,7 @@ class Slot:
     joined: Columns | Doubled | None = None  # where it is a part of the parameter: a step more
 
     def to_file(self, value: Tensor) -> Tensor:
+        """Convert a parameter's value to the shape that the tensor has in the file."""
         value = value if self.joined is None else self.joined.back(value)
         for view in reversed(self.views):
             value = view.back(value)

@@ -24,7 +24,7 @@ from typing_extensions import override
 
 from fgvc.config.knots import ever
 from fgvc.errors import FgvcError
-from fgvc.techniques.api import Batch, Output, Technique
+from fgvc.techniques.api import MAIN, Batch, Output, Technique
 from fgvc.techniques.box_head.settings import BoxHeadSettings
 from fgvc.techniques.boxes import inside
 from fgvc.techniques.plan import Context, Plan
@@ -69,7 +69,7 @@ class BoxHead(Technique):
     @override
     def losses(self, outputs: Mapping[str, Output], ctx: Context) -> dict[str, Tensor]:
         """Compute `box` and `confidence`; measured: `iou`, the mean over the samples that count. Nothing where none does."""
-        main = outputs["main"]
+        main = outputs[MAIN]
         rows = ctx.draw[:, 0].isfinite().nonzero()[:, 0]  # on the host: the device is not waited for
         if len(main.view.target) > 1 or not len(rows):
             return {}
