@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
 from fgvc.errors import FgvcError
-from fgvc.exporting.into import VALUES, Written, skeleton
+from fgvc.exporting.into import VALUES, Written
 from fgvc.io.files import write_atomic
 from fgvc.models.onnxnet.payload import FLOATS, encoded, read_tensor, stored_tensors
 
@@ -45,7 +45,7 @@ def write_changed(
     data = model.SerializeToString()
     write_atomic(out, data)
     kept = tuple(name for name in tensors if name not in set(moved))
-    return Written(out, tuple(moved), kept, hashlib.sha256(data).hexdigest(), skeleton(out), True)
+    return Written(out, tuple(moved), kept, hashlib.sha256(data).hexdigest(), True)
 
 
 def shape_free_sha256(path: Path, moved: Collection[str], last: Collection[str], output: str) -> str:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fgvc.config.images import Preprocess, Triple
+from fgvc.data.deployed import PREPROCESS
 from fgvc.errors import FgvcError, ImageError
 from fgvc.evaluation.file_preprocessing import FileSearch, search_file
 from fgvc.exporting.proofs import MAX_IMAGES
@@ -38,7 +39,6 @@ from fgvc.runtime.stack import stack_of
 
 TOLERANCE = 1e-4  # of the largest answer: float32 in another order; half floats have their own bar
 HALF_TOLERANCE = 1e-2
-PREPROCESS = "preprocess.json"
 UNKNOWN_PREPROCESS = f"how they are prepared is not known; to train from it, give deploy.* or a {PREPROCESS} beside it"
 
 

@@ -46,7 +46,6 @@ class Written:
     moved: tuple[str, ...]  # tensors whose values are others
     kept: tuple[str, ...]  # of those that were given, the ones whose values are not: copied as bytes
     sha256: str  # of the file
-    skeleton_sha256: str  # of the file with all payloads zeroed, external ones' names and places included
     reencoded: bool  # a payload's length changed: the messages are equal, not the bytes
     files: tuple[str, ...] = ()  # external data, beside it
 
@@ -89,9 +88,7 @@ def write_into(source: Path, tensors: Mapping[str, NDArray[np.float64]], out: Pa
         write_atomic(out.parent / file, bytes(content))
     write_atomic(out, bytes(data))
     kept = tuple(name for name in tensors if name not in set(moved))
-    return Written(
-        out, tuple(moved), kept, hashlib.sha256(data).hexdigest(), skeleton(out), lengthened, tuple(outside)
-    )  # fmt: skip
+    return Written(out, tuple(moved), kept, hashlib.sha256(data).hexdigest(), lengthened, tuple(outside))
 
 
 def differences_outside(ours: Path, theirs: Path, payloads: Collection[str] | None = None) -> list[str]:

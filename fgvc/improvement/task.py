@@ -15,7 +15,7 @@ from typing import Any
 from fgvc.config.images import Preprocess
 from fgvc.config.loading import merge, read_tree
 from fgvc.config.models import Model
-from fgvc.config.shipped import recipe_file
+from fgvc.config.shipped import DEFAULT, recipe_file
 from fgvc.data.deployed import PREPROCESS
 from fgvc.errors import FgvcError, UndecidedError
 from fgvc.evaluation.file_stack import DeniedStackError, OtherOrderError, UndecidedStackError, file_stack
@@ -36,7 +36,6 @@ from fgvc.runtime.description import describe
 from fgvc.runtime.labels import Labels, labels_of
 from fgvc.studies.candidate import start_model
 
-BASE = "any/plain"
 LARGE_GAIN = 0.02  # share in [0,1]: where no smaller gain can be shown there is a warning
 PREPROCESS_SHARE = 1 / 8  # of the budget, for the search of a preprocessing that nobody remembers
 Say = Callable[[str], None]
@@ -361,10 +360,10 @@ def _parameters(model: Model) -> int:
 
 
 def _recipe(settings: Mapping[str, Any], divided: Divided, out: Path, seed: int) -> dict[str, Any]:
-    """The tree of BASE with this net and these images, which are written to `images.csv`."""
+    """The tree of DEFAULT with this net and these images, which are written to `images.csv`."""
     table = (out / "images.csv").absolute()
     write_atomic(table, divided.table())
-    tree = recipe_of(read_tree(recipe_file(BASE)).tree, settings)
+    tree = recipe_of(read_tree(recipe_file(DEFAULT)).tree, settings)
     tree["data"] = {"kind": "csv", "root": str(divided.index.root.absolute()), "file": str(table)}
     merge(tree, {"select": "ema", "train.seed": seed, "train.workers": 0, "train.floor": False})
     if not divided.counts["val"]:

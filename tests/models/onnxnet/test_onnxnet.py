@@ -106,11 +106,10 @@ def test_what_is_written_is_the_net_and_nothing_else_moves(file: Path, tmp_path:
     assert copy.moved
     assert set(copy.moved) | set(copy.kept) == set(net.slots)
     assert differences_outside(copy.path, file) == []
-    assert copy.skeleton_sha256 == skeleton(copy.path)
     half = net.dtype == "float16"
     assert copy.reencoded is False or half
     if not copy.reencoded:
-        assert copy.skeleton_sha256 == skeleton(file)
+        assert skeleton(copy.path) == skeleton(file)
         old, new = file.read_bytes(), copy.path.read_bytes()
         inside = np.zeros(len(old), bool)
         for start, end in payload_spans(old).values():
