@@ -101,7 +101,7 @@ def step_of(built: BuiltNet) -> dict[str, torch.Tensor]:
     geometry = torch.eye(2, 3).repeat(IMAGES, 1, 1)
     larger = round(SIZE * step.attachments.render)
     render = torch.randn(IMAGES, 3, larger, larger, generator=rng) if larger > SIZE else None
-    boxes = torch.tensor([8.0, 8.0, 40.0, 40.0]).repeat(IMAGES, 1)  # x, y, width, height: what box_head learns
+    boxes = torch.tensor([8.0, 8.0, 48.0, 48.0]).repeat(IMAGES, 1)  # what box_head learns
     batch = Batch(x, [(y, None)], x, y, torch.arange(IMAGES), geometry, render, boxes)
     losses, _ = step(batch, step.draw(batch, 0.5, seed=0, step=0))
     losses["loss"].backward()

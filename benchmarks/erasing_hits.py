@@ -145,9 +145,8 @@ def boxes_inside(session: Session, rows: np.ndarray, geometry: Tensor, size: tup
     down, across = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
     points = torch.stack([across, down, torch.ones_like(down)], dim=-1)
     at = torch.einsum("bij,hwj->bhwi", geometry, points)
-    assert session.index.boxes is not None
-    x, y, w, h = torch.from_numpy(session.index.boxes[rows])[:, :, None, None].unbind(1)
-    return (at[..., 0] >= x) & (at[..., 0] < x + w) & (at[..., 1] >= y) & (at[..., 1] < y + h)
+    left, top, right, bottom = torch.from_numpy(session.index.corners(rows))[:, :, None, None].unbind(1)
+    return (at[..., 0] >= left) & (at[..., 0] < right) & (at[..., 1] >= top) & (at[..., 1] < bottom)
 
 
 def whole_inside(session: Session, rows: np.ndarray, size: tuple[int, int]) -> Tensor:

@@ -107,8 +107,8 @@ def compare(
     stated = {"labels": labels, "preprocess": preprocess}
     files = {name: None if given is None else as_paths(given) for name, given in stated.items()}
     sides = open_sides(Path(a), Path(b), **files, certain=certain, root=as_path(root))
-    named, known = (None if value is None else str(value) for value in (data, seen))
-    images = select_images(named, sides, split, seen=parse_seen(known), unseen=as_path(unseen), max_pixels=max_pixels)
+    named, seen_text = (None if value is None else str(value) for value in (data, seen))
+    images = select_images(named, sides, split, seen=parse_seen(seen_text), unseen=as_path(unseen), max_pixels=max_pixels)
     return collect_answers(*sides, images)
 
 

@@ -40,7 +40,7 @@ class Run(Display):
 
     @property
     def history(self) -> History:
-        """What training recorded, epoch by epoch."""
+        """The epochs, learning rates, machine and times that training recorded."""
         return read_history(self.folder)
 
     def explain(
@@ -52,7 +52,7 @@ class Run(Display):
         select: Selected | None = None,
         device: str | None = None,
     ) -> Results[ExplainedPicture]:
-        """Where it looks in pictures: files, folders of them, PIL's or numpy's, one or several.
+        """Compute class activation maps of pictures: files, folders of them, PIL's or numpy's, one or several.
 
         By each of `methods`, see `fgvc explain`: maps of the class `target`, by default of the one that each picture is taken
         for. `select`, `device`: as in `evaluate`.

@@ -58,7 +58,7 @@ class Exported(Display):
 
     @property
     def page_facts(self) -> list[tuple[str, str]]:
-        """What was written, for the page of an export into a deployed file."""
+        """Rows (name, value) of what was written, for the page of an export into a deployed file."""
         contract, numeric, behavioural = self.proven.contract, self.proven.numeric, self.proven.behavioural
         moved = len(self.proven.written.moved) if self.proven.written is not None else 0
         return [
@@ -72,7 +72,7 @@ class Exported(Display):
 
     @property
     def temperature_words(self) -> str:
-        """What became of the run's temperature in a deployed file."""
+        """Say whether the run's temperature is in the last layer of the deployed file, and if not, why."""
         record = self.proven.contract["temperature"]
         if record["divided_by"] != 1:
             return f"its last layer is divided by {record['divided_by']:.3f}: {self.calibration.source}"
@@ -287,14 +287,16 @@ LISTED = "the test split of its table"
 
 @dataclass(frozen=True, slots=True)
 class _Judge:
-    """What a bundle says of the images that judge it; nothing where the folder of its images says itself which they are."""
+    """What the bundle records of the images that judge it; empty where the folder of these images itself has them as its test
+    split."""
 
     metrics: dict[str, Any] = field(default_factory=dict)
     files: dict[str, Any] = field(default_factory=dict)
 
 
 def _judge(index: ImageIndex, *, table: bool) -> _Judge:
-    """`table`: whether the splits are those of a table, which whoever has the images may not have."""
+    """Make the record of the images that judge. `table`: whether the splits are those of a table, which whoever has the images
+    may not have."""
     rows = index.rows("test")
     if not len(rows) or (not index.unseen and not table and "test" in index.given_splits):
         return _Judge()

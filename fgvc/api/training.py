@@ -47,5 +47,5 @@ def train(
 
 
 def forecast(recipe: Recipe | StrPath, **settings: Any) -> Forecast:
-    """What a run of a recipe costs, see `fgvc.training.forecast.forecast`; `recipe` and `settings` as in `train`."""
+    """Measure what a run of a recipe costs, see `fgvc.training.forecast.forecast`; `recipe` and `settings` as in `train`."""
     return forecasting.forecast(as_recipe(recipe, settings))

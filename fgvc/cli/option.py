@@ -119,7 +119,8 @@ class Verb(TyperCommand):
 
 
 def _as_setting(option: str) -> str:
-    """How a setting is given that was given as an option, `--epochs 3`; empty for what is none."""
+    """Hint to write a setting that was given as an option (`--epochs 3`) as `section.key=value`; empty for an option that names
+    no setting."""
     from fgvc.config.recipe import Recipe
     from fgvc.config.usual import settings_of, usual_key
 
@@ -134,12 +135,13 @@ def following(*words: object) -> None:
 
 
 def following_serve(bundle: Path) -> None:
-    """The same of `fgvc serve`, where what it needs is installed."""
+    """Say on stderr that `fgvc serve` comes next, where the packages that it needs are installed."""
     if find_spec("starlette") is not None:
         following("serve", bundle)
 
 
 def pixels(megapixels: float | None) -> int | None:
+    """Pixels of a number of megapixels; None stays None."""
     return None if megapixels is None else round(megapixels * 1e6)
 
 
@@ -160,7 +162,7 @@ def opened(config: str, overrides: list[str] | None) -> Opened:
 
 
 def recipe_of(config: str, overrides: list[str] | None) -> Recipe:
-    """As `opened`, the recipe alone, whose data are there."""
+    """Read a recipe as `opened` does, without where it is from. Raises FgvcError where its data are missing."""
     recipe = opened(config, overrides).recipe
     recipe.data.folder()
     return recipe

@@ -122,8 +122,8 @@ def export(
     from fgvc import api
     from fgvc.cli import show_export
 
-    wanted = api.Int8(images=int8_images, first=int8_float, reduce_range=reduce_range) if int8 else None
-    variants = api.Variants(int8=wanted, fp16=fp16, agreement=agreement)
+    int8_settings = api.Int8(images=int8_images, first=int8_float, reduce_range=reduce_range) if int8 else None
+    variants = api.Variants(int8=int8_settings, fp16=fp16, agreement=agreement)
     done = api.export(
         run, out, against=against, into=None if into is None else "own" if into == OWN else Path(into), labels=labels,
         preprocess=preprocess, select=select, keep=keep, overwrite=overwrite,

@@ -47,7 +47,7 @@ def make_table(*columns: str) -> Table:
 
 
 def clean(report: Report, file: Path) -> None:
-    """What a clean list leaves out, and how it is used."""
+    """Print what a clean list leaves out, and how it is used."""
     rows, left = clean_rows(report)
     reasons = ", ".join(f"{count} {reason}" for reason, count in left.items()) or "none"
     console.print(f"{len(rows)} of {len(report.index)} images are in the list; left out: {reasons}", soft_wrap=True)

@@ -189,7 +189,7 @@ class Source(Section):
         return round(self.max_megapixels * 1e6)
 
     def folder(self) -> Path:
-        """`root` with ~ expanded. Raises FgvcError if it is no folder."""
+        """The folder of the set: `root` with ~ expanded. Raises FgvcError if it is no folder."""
         root = self.root.expanduser()
         if not root.is_dir():
             raise FgvcError(

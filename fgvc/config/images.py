@@ -37,7 +37,8 @@ Ending = Literal["softmax", "log_softmax", "sigmoid"]
 
 
 def possible_mean(mean: Triple, white: float) -> Triple:
-    """`mean`, checked: raises ValueError if pixels from 0 to `white` can't have this mean, as it is in other units."""
+    """Check a normalisation's mean, and return it. Raises ValueError if pixels from 0 to `white` can't have this mean: it is in
+    other units."""
     if all(0 <= value <= white for value in mean):
         return mean
     advice = "give it in units of 0..1"
@@ -112,7 +113,8 @@ class Deploy(_Normalised):
 
 
 class NetworkFile(Section):
-    """What a network's file takes, does by itself and gives, as its graph says: what is done outside of it stops here.
+    """Input and output of a network's file as its graph has them: layout, type, the preprocessing inside of the graph, and its
+    last operator.
 
     The tensor that is fed holds what `preprocess.json` makes, in this layout and type; whole numbers are rounded. fgvc writes all
     keys; by hand `output` alone may be given, where a file has several: the graph says the rest."""
@@ -126,7 +128,7 @@ class NetworkFile(Section):
 
     @property
     def whole(self) -> bool:
-        """Whether it is a reading of the graph, and not the name of an output alone."""
+        """Whether all keys are given, as read from a graph, and not `output` alone."""
         return None not in (self.input, self.layout, self.dtype, self.output)
 
 
@@ -150,12 +152,13 @@ class Preprocess(_Normalised):
 
     @property
     def output(self) -> str | None:
-        """Which of the file's outputs has the classes; None: it is not known."""
+        """Name of the file's output with the classes; None: unknown."""
         return None if self.network is None else self.network.output
 
     @property
     def ending(self) -> Ending | None:
-        """What the file's numbers go through last; None: nothing, or it is not known."""
+        """The file's last operator on the classes' numbers (softmax, log_softmax, sigmoid); None: it has none, or that is
+        unknown."""
         return None if self.network is None else self.network.ending
 
     @model_serializer(mode="wrap")

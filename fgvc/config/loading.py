@@ -90,7 +90,7 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 class RecipeText(NamedTuple):
-    """What a YAML file says."""
+    """Content of a recipe's YAML file."""
 
     tree: dict[str, Any]
     places: dict[Keys, str]  # of every key: file:line

@@ -116,7 +116,7 @@ class Recipe(Display, Section):
 
     @property
     def selected(self) -> Shipped:
-        """`select`, or the weights that training ends with."""
+        """The weights that ship: `select`, or where it is open those that training ends with."""
         return self.select or self.end
 
     @property

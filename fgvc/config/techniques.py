@@ -56,7 +56,7 @@ def load_object(reference: str) -> Any:
 
 
 def in_words(error: Exception) -> str:
-    """What an import raised, and in which line of which file of the package."""
+    """Describe the exception of an import: its message, and the file and line of the package that raised it."""
     ours = str(Path(__file__).parents[1])
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(("<", ours))]
     frames = [frame for frame in frames if "importlib" not in Path(frame.filename).parts]

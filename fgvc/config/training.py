@@ -243,7 +243,7 @@ Trackers = tuple[Tracker, ...] | Tracker | Literal["none"] | None
 
 
 def _listed(value: object) -> object:
-    """One name as a list of it; null and none as an empty one."""
+    """Put a single name into a list; null and none become an empty list."""
     return () if value in (None, "none") else (value,) if isinstance(value, str) else value
 
 

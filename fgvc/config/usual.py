@@ -108,8 +108,8 @@ MAIN_KEYS = {
 
 
 def usual_key(model: type[BaseModel], names: tuple[str, ...]) -> str:
-    """What is most likely meant by a key that there is not (`names`: the keys on the way to it): another trainer's name of a
-    setting, or a key of another section. Empty where neither is likely."""
+    """Suggest what an unknown key means (`names`: the keys on the way to it): another trainer's name of a setting, or a key of
+    another section. Empty where neither is likely."""
     name = names[-1].lower().replace("-", "_")
     keys = _keys(model)
     above = [key for key in keys.get(name, ()) if key.partition(".")[0] != names[0]]
@@ -125,7 +125,7 @@ def usual_key(model: type[BaseModel], names: tuple[str, ...]) -> str:
 
 
 def usual_value(names: tuple[str, ...], value: object) -> str:
-    """What is most likely meant where a section is given a value."""
+    """Suggest the setting that is meant where a section is given a plain value."""
     path = ".".join(names)
     if value is True:
         return f"{path}={{}} is all of its defaults"

@@ -31,7 +31,7 @@ from fgvc.images.plain import resample
 from fgvc.rng import SAMPLE, generator, seeded_globals
 
 Window = tuple[int, int, int, int]
-"""left, top, right, bottom in whole pixels of the image: never empty, never outside it."""
+"""A box (`fgvc.images.preprocess.Box`) in whole pixels of the image: never empty, never outside it."""
 
 
 class Augmenter:
@@ -41,7 +41,7 @@ class Augmenter:
     """
 
     def __init__(self, augment: Augment, spec: Preprocess, seed: int) -> None:
-        """Raises FgvcError where `augment.pipeline` can't be used."""
+        """Compose the steps of `augment` for images of `spec`. Raises FgvcError where `augment.pipeline` can't be used."""
         self.augment, self.spec, self.seed = augment, spec, seed
         self._names, self._compose = _compose(augment, spec)
 
@@ -207,7 +207,8 @@ def _whole(start: float, stop: float, side: int) -> tuple[int, int]:
 
 
 def _overlap(start: float, length: float, side: int, pixels: int) -> tuple[int, int, int, int]:
-    """One axis of a window that may reach beyond the image: whole pixels of the image, and of the crop they fill."""
+    """One axis of a window that may reach beyond the image: first and last whole pixel of the image, and of the crop that they
+    fill."""
     step = length / pixels
     first, last = max(round(-start / step), 0), min(round((side - start) / step), pixels)
     if first >= last:  # an image thinner than one pixel of the crop

@@ -184,7 +184,7 @@ def _remove_damaged(open_cache: Callable[[], DecodeCache], final: Path) -> None:
 
 
 def shrunk(image: Image.Image, side: int) -> Image.Image:
-    """`image` with its shorter side at most `side` (Lanczos)."""
+    """Reduce `image` so that its shorter side is at most `side` pixels (Lanczos)."""
     scale = side / min(image.size)
     if scale >= 1:
         return image

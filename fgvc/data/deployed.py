@@ -1,4 +1,4 @@
-"""What a recipe leaves to its deployed file: the size of its images, and how the file's stack prepares them.
+"""Defaults of a recipe that its deployed file decides: the size of the images, and their preprocessing.
 
 How images are prepared is in no file: the recipe says it, or a preprocess.json beside the file, as in a bundle.
 """
@@ -19,7 +19,7 @@ STATED = ("resize", "interpolation", "mean", "std")  # of deploy; and crop_pct w
 
 
 def with_file_defaults(recipe: Recipe) -> Recipe:
-    """A recipe with `image.size` and the keys of `deploy` that it leaves open as its file has them, or preprocess.json beside it.
+    """Fill in `image.size` and the keys of `deploy` that a recipe leaves open, from its file or the preprocess.json beside it.
 
     Without a file, or where that is gone, the recipe as it is. Raises FgvcError where it is no classifier of images."""
     onnx = recipe.model.onnx
@@ -46,7 +46,7 @@ def with_file_defaults(recipe: Recipe) -> Recipe:
 
 
 def with_recorded_defaults(recipe: Recipe, recorded: Recipe) -> Recipe:
-    """The same of a run that goes on: open keys are as it recorded them, wherever the file and what lay beside it are now."""
+    """Fill in the same keys of a run that goes on as the run recorded them, wherever the file and its preprocess.json are now."""
     deploy = {key: getattr(recorded.deploy, key) for key in type(recorded.deploy).model_fields if key != "labels"}
     return _completed(recipe, {"size": recorded.image.size}, deploy)
 
@@ -61,7 +61,7 @@ def _completed(recipe: Recipe, image: dict[str, Any], deploy: dict[str, Any]) ->
 
 
 def sidecar_doubts(recipe: Recipe, spec: Preprocess) -> list[str]:
-    """Words on what a preprocess.json beside the file says otherwise than the recipe, which holds."""
+    """Warnings where the preprocess.json beside the file differs from the recipe, which takes precedence."""
     if recipe.model.onnx is None or not (sidecar := recipe.model.onnx.expanduser().with_name(PREPROCESS)).is_file():
         return []
     lines = differences(spec, read_preprocess(sidecar))

@@ -44,7 +44,7 @@ def scaled(before: Shape, after: Shape) -> Matrix:
 
 
 def _symmetry(element: str, shape: Shape) -> Matrix:
-    """Of an element of the square's group, as albumentations names them; turns are counter-clockwise."""
+    """Matrix of an element of the square's symmetry group, as albumentations names them; turns are counter-clockwise."""
     h, w = shape
     return {
         "e": affine(1, 0, 0, 0, 1, 0),
@@ -59,7 +59,7 @@ def _symmetry(element: str, shape: Shape) -> Matrix:
 
 
 def _warp(params: Mapping[str, Any], *_: Shape) -> Matrix:
-    """Of Affine and its kind, whose matrix counts from the centre of the first pixel."""
+    """Matrix of Affine and related transforms, whose own matrix has its origin at the centre of the first pixel."""
     centre = affine(1, 0, 0.5, 0, 1, 0.5)
     return centre @ np.linalg.inv(np.vstack([np.asarray(params["matrix"])[:2], [0, 0, 1]])) @ np.linalg.inv(centre)
 

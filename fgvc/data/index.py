@@ -44,7 +44,7 @@ class ImageIndex(Display):
     joined: int = 0  # images that went to the split of their near copies
     groups: np.ndarray | None = None  # (N,) StringDType: rows of one group never straddle a split
     # Both in pixels of the image as stored; fgvc.images.upright turns them with the image by its EXIF orientation.
-    boxes: np.ndarray | None = None  # (N,4) float32: x, y, width, height
+    boxes: np.ndarray | None = None  # (N,4) float32: left, top, width, height, as in CUB's tables; see `corners`
     parts: np.ndarray | None = None  # (N,P,3) float32: x, y, visible
     part_names: tuple[str, ...] = ()
     recognised: str = ""  # one line for people: the detected layout and the rule of the splits
@@ -62,6 +62,12 @@ class ImageIndex(Display):
     def path(self, row: int) -> Path:
         """The file of a row, or its name in messages."""
         return self.root / str(self.paths[row])
+
+    def corners(self, rows: int | np.ndarray) -> NDArray[np.float64]:
+        """Boxes (...,4) of the rows (...) as left, top, right, bottom (`fgvc.images.preprocess.Box`), in pixels as stored."""
+        assert self.boxes is not None
+        left_top, sides = np.split(self.boxes[rows].astype(np.float64), 2, axis=-1)
+        return np.concatenate([left_top, left_top + sides], axis=-1)
 
     def source(self, row: int) -> Path | bytes:
         """The file of a row, or what would be in it. Raises ImageError where it is known to be missing."""

@@ -49,7 +49,7 @@ class TrainBatch:
     index: Tensor  # (B,) int64: rows of the ImageIndex
     geometry: Tensor  # (B,2,3) float32: crop -> original, in continuous pixels (a pixel's centre is at + 0.5)
     bad: list[ImageError]  # unreadable files that no earlier batch reported
-    boxes: Tensor | None = None  # (B,4) float32: x, y, width, height in the original, upright; NaN for an image without box
+    boxes: Tensor | None = None  # (B,4) float32: left, top, right, bottom in the upright original; NaN for an image without box
 
     def pin_memory(self) -> TrainBatch:
         images, labels = self.images.pin_memory(), self.labels.pin_memory()
@@ -164,7 +164,7 @@ class TrainLoader:
         return self._running
 
     def steps(self, number: int, images: int) -> list[tuple[int, list[tuple[str, NDArray[np.uint8]]]]]:
-        """Of the first `images` samples of an epoch's first micro-batch: the row, and the picture after each step of the
+        """The first `images` samples of an epoch's first micro-batch: each sample's row, and its picture after each step of the
         augmentation (`Augmenter.steps`)."""
         self._stop()
         self._order.epoch, self._order.start = number, 0
@@ -341,8 +341,7 @@ class _Originals(Dataset[EvaluationBatch]):
 
 def _box(index: ImageIndex, row: int, size: Sides, orientation: int) -> NDArray[np.float32]:
     """The box (4,) of a row in its upright image of `size`, clipped to it; NaN if there is none, or none within the image."""
-    assert index.boxes is not None
-    return turned_boxes(index.boxes[row], orientation, turned_sides(size, orientation)).astype(np.float32)
+    return turned_boxes(index.corners(row), orientation, turned_sides(size, orientation)).astype(np.float32)
 
 
 T = TypeVar("T", TrainBatch, EvaluationBatch)

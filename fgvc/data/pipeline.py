@@ -64,7 +64,7 @@ def pipeline_steps(tree: Mapping[str, Any], size: tuple[int, int]) -> list[Step]
 
 
 class _Fault(Exception):
-    """What is wrong with a node, beginning with its place."""
+    """Error in a node of a pipeline; its message begins with the node's place."""
 
 
 def _class(node: Mapping[str, Any]) -> str:
@@ -85,7 +85,7 @@ def _check(node: Any, place: str, *, still: bool = False) -> None:
     if name in A.core.serialization.NON_SERIALIZABLE_REGISTRY:
         raise _Fault(f"{at}: is a function of your own, which is not in the file; remove it")
     if name not in registry:
-        near = nearest(name, [known for known in registry if "." not in known])
+        near = nearest(name, [candidate for candidate in registry if "." not in candidate])
         hint = f"; did you mean {near[0]}?" if near else ""
         raise _Fault(f"{at}: albumentations {A.__version__} has no such transform{hint}")
     kind = registry[name]
@@ -127,8 +127,8 @@ def _made(node: Mapping[str, Any]) -> Any:
         except Exception as error:  # whatever a constructor raises
             raise _Fault(_in_words(error)) from error
     if "transforms" not in node:
-        known = {*made.get_transform_init_args_names(), *made.InitSchema.model_fields, "p", "__class_fullname__"}
-        if unknown := sorted(node.keys() - known):
+        arguments = {*made.get_transform_init_args_names(), *made.InitSchema.model_fields, "p", "__class_fullname__"}
+        if unknown := sorted(node.keys() - arguments):
             raise _Fault(f"has no argument {', '.join(unknown)}; mend or remove it")
         if "p" not in node:
             raise _Fault("has no p, the probability that it is applied; give it one")
@@ -136,7 +136,7 @@ def _made(node: Mapping[str, Any]) -> Any:
 
 
 def _in_words(error: Exception) -> str:
-    """What a constructor complains of; pydantic's errors come with pages of advice."""
+    """Message of a constructor's exception, without the pages of advice that pydantic adds."""
     if isinstance(error.__cause__, ValidationError):
         rows = [
             (".".join(map(str, row["loc"])), row["msg"].removeprefix("Value error, "))

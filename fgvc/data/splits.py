@@ -69,7 +69,8 @@ def fold_numbers(labels: np.ndarray, *, folds: int, seed: int, groups: np.ndarra
 
 
 def _group_folds(labels: np.ndarray, groups: np.ndarray, folds: int, rng: np.random.Generator) -> np.ndarray:
-    """`fold_numbers` by groups, greedily: the largest groups first, each to the fold with the fewest rows of its classes."""
+    """Compute `fold_numbers` by groups, greedily: the largest groups first, each to the fold with the fewest rows of its
+    classes."""
     codes = np.unique(groups, return_inverse=True)[1]
     pairs, counts = np.unique(np.stack([codes, labels]), axis=1, return_counts=True)  # by group, then class
     starts = np.flatnonzero(np.diff(pairs[0], prepend=-1))
@@ -134,7 +135,8 @@ def _quotas(counts: np.ndarray, fraction: float, rng: np.random.Generator) -> np
 
 
 def _by_group(labels: np.ndarray, fraction: float, groups: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """`stratified` by groups, greedily: in random order, each group is taken if that brings the classes nearer to their shares.
+    """Compute `stratified` by groups, greedily: in random order, each group is taken if that brings the classes nearer to their
+    shares.
 
     With one class per group the result is within half a group of the share (the last row of a class aside).
     """

@@ -32,7 +32,7 @@ _JUDGE: Literal["test"] = "test"  # whose random stream draws the half
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ways:
-    """How somebody can say what a deployed file has seen: names of settings, or of options."""
+    """Names of the settings, or of the command line's options, by which a user states which images a deployed file has seen."""
 
     seen: str
     none: str
@@ -57,11 +57,11 @@ class Pool:
 
     @property
     def left_out(self) -> str:
-        """How many near copies are left out, in words; empty: none."""
+        """The number of near copies that are left out, in words; empty: none."""
         return _copies(len(self.copies), "left out")
 
     def named(self, division: str = "") -> str:
-        """Which images these are, for "judged on 686 unseen images of ...". `division`: which of them judge."""
+        """Description of these images, as in "judged on 686 unseen images of ...". `division`: which of them judge."""
         remarks = [*[division] * bool(division), *[self.left_out] * bool(len(self.copies))]
         return f"{self.where} ({'; '.join(remarks)})" if remarks else self.where
 
@@ -83,7 +83,7 @@ class Unseen:
 
     @property
     def named(self) -> str:
-        """Which images judge, as of `Pool.named`."""
+        """Description of the images that judge, as of `Pool.named`."""
         return self.pool.named(self.division)
 
     def __str__(self) -> str:
@@ -101,7 +101,7 @@ def _copies(count: int, what: str) -> str:
 
 
 def judged(index: ImageIndex, split: str, images: int) -> str:
-    """What a score of a split rests on, in words: where it holds images that the deployed classifier was not trained on."""
+    """Description of the images that a score of a split is measured on, where the deployed classifier was not trained on them."""
     if not index.unseen or split == "train":
         return ""
     return f"{'judged on' if split == 'test' else 'chosen by'} {images} unseen images of {index.unseen}"
@@ -170,12 +170,13 @@ def all_seen(root: Path, ways: Ways, evidence: str = "") -> str:
 
 
 def parse_seen(text: str | None) -> Seen | None:
-    """What `--seen` says: train, none, or a file."""
+    """Parse `--seen`: train, none, or a file."""
     return text if text is None or text in ("train", "none") else Path(text)  # type: ignore[return-value]
 
 
 def seen_words(accuracy: float, loss: float) -> str:
-    """How well a classifier names images, as evidence of whether it has seen them. `loss`: mean, in nats."""
+    """Describe how well a classifier names images, as evidence of whether it has seen them. `accuracy`: in [0,1]; `loss`: mean,
+    in nats."""
     remark = ": it has most likely seen them" if accuracy > SURE else ""
     return f"it names {100 * accuracy:.1f} % of these rightly, mean loss {loss:.2f}{remark}"
 
@@ -247,7 +248,8 @@ def judged_apart(
 
 
 def _named(index: ImageIndex, file: Path, key: str) -> NDArray[np.bool_]:
-    """Which rows a list of paths names, or of a bundle's set all but those that judge it; `key`: what names it, for messages."""
+    """Mask (N,) of the rows that a list of paths names, or of a bundle's set all but those that judge it; `key`: what names the
+    file, for messages."""
     if file.is_dir():
         if not (file / JUDGE).is_file():
             raise FgvcError(
@@ -263,7 +265,7 @@ def _named(index: ImageIndex, file: Path, key: str) -> NDArray[np.bool_]:
 
 
 def _among(index: ImageIndex, lines: Iterable[str], file: Path, key: str) -> NDArray[np.bool_]:
-    """Which rows these paths name, which `file` lists."""
+    """Mask (N,) of the rows that the lines of `file` name by their paths."""
     lines = list(lines)
     named = _listed(index, lines)
     if not named.any():
@@ -275,9 +277,9 @@ def _among(index: ImageIndex, lines: Iterable[str], file: Path, key: str) -> NDA
 
 
 def _listed(index: ImageIndex, paths: Iterable[str]) -> NDArray[np.bool_]:
-    """Which rows (N,) these paths are of."""
-    wanted = set(_relative(paths, index.root))
-    return np.fromiter((path in wanted for path in index.paths), dtype=bool, count=len(index))
+    """Mask (N,) of the rows with these paths."""
+    listed = set(_relative(paths, index.root))
+    return np.fromiter((path in listed for path in index.paths), dtype=bool, count=len(index))
 
 
 def _relative(lines: Iterable[str], root: Path) -> Iterable[str]:

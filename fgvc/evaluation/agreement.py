@@ -54,6 +54,7 @@ class Agreement:
 
     @property
     def loss(self) -> float:
+        """Top-1 of the float file minus that of the smaller one, a share."""
         return self.top1_float - self.top1
 
     def failures(self, limits: AgreementLimits) -> list[str]:

@@ -1,4 +1,4 @@
-"""Which output of a network stands for which class, by its answers about labelled images."""
+"""Assignment of a network's outputs to classes, by its answers about labelled images."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
+from scipy.special import log_expit, log_softmax
 
+from fgvc.config.images import Ending
 from fgvc.errors import FgvcError
 from fgvc.evaluation.paired import mean_interval
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
-    """Which class each output of the network stands for, by its answers."""
+    """Assignment of the network's outputs to classes: as stated, and as its answers show."""
 
     stated: tuple[str, ...]  # a name an output, as they are stated or follow from the folder; () where none are
     assigned: tuple[str | None, ...]  # (K,) the class of each output; None: of no class among the images
@@ -30,7 +32,18 @@ class Order:
 
     @property
     def decided(self) -> bool:
+        """Whether the images decide: the stated order holds, none is stated, or the other one is likelier for certain."""
         return self.holds or not self.stated or self.low > 0
+
+
+def log_probabilities(logits: NDArray[np.floating], ending: Ending | None) -> NDArray[np.float64]:
+    """Log-probabilities (N,K) of each class among all classes, so that each row's probabilities add up to 1, from logits (N,K).
+
+    `ending`: of the network's file. With a sigmoid each class has a probability p_k of its own, and p_k / sum_j p_j counts here;
+    the binary cross-entropy, by which `fgvc.evaluation.calibration` fits a temperature to such a file, is another measure.
+    """
+    z = logits.astype(np.float64)
+    return np.asarray(log_softmax(log_expit(z) if ending == "sigmoid" else z, axis=1))
 
 
 def halved(labels: NDArray[np.int64]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
@@ -42,7 +55,7 @@ def halved(labels: NDArray[np.int64]) -> tuple[NDArray[np.bool_], NDArray[np.boo
 
 
 def assign(answers: NDArray[np.float64], labels: NDArray[np.int64]) -> dict[int, int]:
-    """The one-to-one assignment of outputs to classes under which the labels are likeliest: class -> output.
+    """Assign outputs to classes one to one so that the labels (N,) are likeliest; returns class -> output.
 
     `answers` (N,K) log-probabilities. Raises FgvcError where there are more classes than outputs.
     """

@@ -345,7 +345,8 @@ def fitting_sample(rows: NDArray[np.int64], classes: int) -> NDArray[np.int64]:
 
 
 def _losses(z: Floats, y: NDArray[np.int64], temperature: float, ending: Ending | None = None) -> Floats:
-    """Cross-entropy (N,) in nats; with a sigmoid that of each class against the others, summed."""
+    """Cross-entropy (N,) in nats of logits z (N,K) and labels y (N,); with a sigmoid the binary one of each class, summed over
+    the classes."""
     s = z / temperature
     if ending == "sigmoid":
         return np.logaddexp(0, s).sum(1) - s[np.arange(len(y)), y]

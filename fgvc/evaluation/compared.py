@@ -64,7 +64,7 @@ class PairedAnswers(Display):
 
     @property
     def judged(self) -> str:
-        """Which images judged and how many, in words; empty where no deployed file is compared."""
+        """Description and number of the images that judged; empty where no deployed file is compared."""
         if not self.unseen:
             return ""
         words = f"judged on {self.paired.images} unseen images of {self.unseen}"
@@ -77,13 +77,14 @@ class PairedAnswers(Display):
         return self.confidence < np.array([[self.a.threshold], [self.b.threshold]])
 
     def accepted(self, threshold: float) -> list[Accepted]:
-        """What a stack accepts of A's and of B's answers from this confidence on, by the files' own outputs."""
+        """Coverage and precision of A's and of B's answers that a stack accepts from this confidence on, by the files' own
+        outputs."""
         right = self.paired.a_right, self.paired.b_right
         return [accepted(by, correct, threshold) for by, correct in zip(self.stack_confidence, right, strict=True)]
 
     @property
     def fewer_flips(self) -> str:
-        """The ways to a B that breaks less."""
+        """Advice on how to get a B with fewer negative flips."""
         run = str(self.b.path) if self.b.kind == "run" else "RUN"
         teacher = "run" if self.a.kind == "run" else "bundle"
         return (
@@ -182,7 +183,7 @@ def _differences(a: Side, b: Side) -> tuple[str, ...]:
 
 
 def _as_fed(side: Side) -> Preprocess:
-    """Its preprocessing, with what its file says of its ends where there is a file."""
+    """The side's preprocessing, with the input and output of its file where it has one."""
     assert side.preprocess is not None
     if side.session is None:
         return side.preprocess

@@ -1,5 +1,4 @@
-"""The keys of a recipe that a deployed file and a set of labelled images decide: its network, how it is fed, its labels, and
-which of the images it may have seen."""
+"""Settings of a recipe that follow from a deployed file and a set of labelled images: its network, preprocessing and labels."""
 
 from __future__ import annotations
 
@@ -29,7 +28,7 @@ from fgvc.runtime.stack import Stack
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeployedRecipe:
-    """Sections of a recipe, and what was learned on the way."""
+    """Sections of a recipe for a deployed file, and what was found out about the file."""
 
     tree: dict[str, dict[str, Any]]
     labels: tuple[str, ...] | None  # to be written to a file; None: the deployed file, or one beside it, states them

@@ -1,4 +1,4 @@
-"""Asking a deployed file about labelled images: how it is fed, and in which order its classes are."""
+"""Search for the preprocessing and the class order of a deployed file, by its answers about labelled images."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from scipy.special import log_expit, log_softmax
 
 from fgvc.config.data import AutoData
 from fgvc.config.images import Preprocess
@@ -19,7 +18,7 @@ from fgvc.data.index import ImageIndex, decode_row
 from fgvc.data.sources.auto import with_table
 from fgvc.data.sources.read import read_source
 from fgvc.errors import FgvcError, ImageError
-from fgvc.evaluation.assignment import Order, cross_scored, output_order
+from fgvc.evaluation.assignment import Order, cross_scored, log_probabilities, output_order
 from fgvc.evaluation.preprocessing import (
     BATCH,
     COARSE,
@@ -43,13 +42,13 @@ from fgvc.runtime.labels import Labels, labels_of
 
 MAX_PIXELS_HELD = 150_000_000  # of all images, which are kept decoded
 BYTES = "0 to 255"  # the one normalisation of a file that takes whole numbers
-KNOWN = 0.5  # share of right answers, in whatever order, from which an order is believed rather than what somebody states
+TRUSTED_SHARE = 0.5  # share of right answers, in whatever order, from which an order is believed rather than what somebody states
 UNASSIGNED = "?"  # in place of a class, for an output that is of none among the images
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class FileSearch(Display):
-    """What a deployed file's answers say of its preprocessing and of its labels."""
+    """Preprocessing and labels of a deployed file, by its answers."""
 
     path: Path
     spec: Preprocess  # the likeliest, with what the file itself takes and does
@@ -58,6 +57,7 @@ class FileSearch(Display):
 
     @property
     def decided(self) -> bool:
+        """Whether the answers decide both the preprocessing and the order of the labels."""
         return not self.search.undecided and self.search.order.decided
 
     @property
@@ -67,13 +67,13 @@ class FileSearch(Display):
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """A class an output, as the answers show them; where they show none as stated, or UNASSIGNED."""
+        """The class of each output, as the answers show; where they show none, the stated class, or UNASSIGNED."""
         order = self.search.order
         return order.stated if self.order_holds and order.stated else shown_labels(order)
 
     @property
     def doubts(self) -> tuple[str, ...]:
-        """What these images do not tell of how the file is fed, in words."""
+        """The settings of the preprocessing that these images leave undecided, a sentence each."""
         search = self.search
         return tuple(
             f"these images do not tell {other.factor.replace('_', ' ')} {search.best.value(other.factor)} from "
@@ -83,7 +83,7 @@ class FileSearch(Display):
         )
 
     def numbers(self) -> dict[str, Any]:
-        """For JSON."""
+        """Values for JSON."""
         search, order = self.search, self.search.order
         return {
             "file": str(self.path),
@@ -106,7 +106,7 @@ class FileSearch(Display):
         }  # fmt: skip
 
     def lines(self) -> list[str]:
-        """For people."""
+        """Lines of text for the terminal."""
         search, best, order = self.search, self.search.best, self.search.order
         lines = [
             f"{self.path}: asked about {search.images} images of {search.classes} classes, {search.trials} preprocessings, "
@@ -186,7 +186,7 @@ def search_file(
         names, source = (index.classes if len(index.classes) == count else ()), f"the classes of {images}"
     pictures, numbers = _pictures(index, limit)
     result = search(
-        lambda x: _log_probabilities(session, x), size, pictures, numbers, index.classes, stated=names,
+        lambda x: log_probabilities(session.logits(x), session.file.ending), size, pictures, numbers, index.classes, stated=names,
         normalisations=_normalisations(file), given=given, seconds=seconds, progress=progress,
     )  # fmt: skip
     spec = result.best.spec.model_copy(update={"network": file.record})
@@ -194,7 +194,7 @@ def search_file(
 
 
 def shown_labels(order: Order) -> tuple[str, ...]:
-    """A class an output, as the answers show them; where they show none as stated, or UNASSIGNED."""
+    """The class of each output, as the answers show; where they show none, the stated class, or UNASSIGNED."""
     stated = order.stated or (UNASSIGNED,) * len(order.assigned)
     free = [name for name in stated if name not in order.assigned]
     return tuple(
@@ -205,7 +205,7 @@ def shown_labels(order: Order) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class StatedAnswers:
-    """What a file's answers about images say of a stated preprocessing."""
+    """Test of a stated preprocessing by a file's answers about labelled images."""
 
     order: Order | None = None  # of its outputs where it is fed so; None: it does not know the images
     likelier: Preprocess | None = None  # by which it names more of them rightly, for certain; None: nothing denies what is stated
@@ -215,16 +215,20 @@ class StatedAnswers:
 def ask_stated(
     path: Path, index: ImageIndex, *, spec: Preprocess, labels: Sequence[str] = (), seconds: float
 ) -> StatedAnswers:
-    """Ask a file that is said to be fed as `spec` about images. `labels`: a class an output, where these are stated, too;
-    `seconds`: that the search for a likelier preprocessing may take. Where a class has too few images nothing is known."""
+    """Test whether a file is fed as stated by `spec`, by its answers about labelled images. `labels`: the class of each output,
+    where these are stated, too; `seconds`: limit of the search for a likelier preprocessing. Where a class has too few images the
+    result is empty."""
     session = OnnxSession(path, output=spec.output, classes=len(labels) or None)
     try:
         pictures, numbers = _pictures(index, min(IMAGES, max(COARSE, FEWEST_A_CLASS * len(index.classes))))
     except FgvcError:
         return StatedAnswers()
     names = _normalisations(session.file)
-    pair = likelier(lambda x: _log_probabilities(session, x), pictures, numbers, spec, normalisations=names, seconds=seconds)
-    order = _known_order(session, pictures, numbers, index.classes, labels, spec)
+    pair = likelier(
+        lambda x: log_probabilities(session.logits(x), session.file.ending), pictures, numbers, spec, normalisations=names,
+        seconds=seconds,
+    )  # fmt: skip
+    order = _shown_order(session, pictures, numbers, index.classes, labels, spec)
     if pair is None:
         return StatedAnswers(order)
     given, best = pair
@@ -237,17 +241,16 @@ def ask_stated(
     return StatedAnswers(order, best.spec.model_copy(update={"network": session.file.record}), words)
 
 
-def _known_order(
+def _shown_order(
     session: OnnxSession, pictures: Sequence[Image.Image], labels: NDArray[np.int64], classes: Sequence[str],
     stated: Sequence[str], spec: Preprocess,
 ) -> Order | None:
-    """Which output is of which class; None: the net does not know the images (more than half, each by the order that the other
-    half shows). `stated`: as of `Order`; where none are, the sorted classes if there are as many as outputs."""
-    answers = np.concatenate(
-        [_log_probabilities(session, np.stack([preprocess(p, spec) for p in pictures[at : at + BATCH]]))
-         for at in range(0, len(pictures), BATCH)]
-    )  # fmt: skip
-    if cross_scored(answers, labels)[1].mean() <= KNOWN:
+    """Order of the outputs; None where the net names no more than TRUSTED_SHARE of the images rightly, each by the order that the
+    other half shows. `stated`: as of `Order`; where none are, the sorted classes if there are as many as outputs."""
+    batches = (pictures[at : at + BATCH] for at in range(0, len(pictures), BATCH))
+    logits = np.concatenate([session.logits(np.stack([preprocess(p, spec) for p in batch])) for batch in batches])
+    answers = log_probabilities(logits, session.file.ending)
+    if cross_scored(answers, labels)[1].mean() <= TRUSTED_SHARE:
         return None
     stated = stated or (classes if len(classes) == answers.shape[1] else ())
     return output_order(answers, labels, classes, stated)
@@ -257,15 +260,9 @@ def _normalisations(file: Description) -> tuple[str, ...]:
     return (BYTES,) if file.dtype == "uint8" else tuple(NORMALISATIONS)
 
 
-def _log_probabilities(session: OnnxSession, x: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Of each class against the others; a sigmoid's answers count as such, and are made to add up to 1."""
-    logits = session.logits(x).astype(np.float64)
-    return np.asarray(log_softmax(log_expit(logits) if session.file.ending == "sigmoid" else logits, axis=1))
-
-
 def _pictures(index: ImageIndex, limit: int) -> tuple[list[Image.Image], NDArray[np.int64]]:
-    """Balanced images, decoded, and their labels; fewer where they are large. Of train where that has enough: what a
-    network has by heart tells preprocessings apart best."""
+    """Decode up to `limit` images, as many of each class, and return them with their labels (N,); fewer where they are large.
+    They are of train where that has enough images: those that a network has learned tell preprocessings apart best."""
     train = index.rows("train")
     rows = train if len(train) >= limit else np.arange(len(index))
     pictures, labels, pixels, unreadable = list[Image.Image](), list[int](), 0, 0

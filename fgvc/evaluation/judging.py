@@ -1,4 +1,4 @@
-"""Which images a comparison is made on: with a deployed file, those that it was not trained on."""
+"""Selection of the images that a comparison is made on: with a deployed file, those that it was not trained on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import log_expit, log_softmax
 
 from fgvc.config.data import SPLITS, Split
 from fgvc.config.shipped import recipe_file
@@ -17,6 +16,7 @@ from fgvc.data.index import ImageIndex, spread
 from fgvc.data.recipe import load_recipe
 from fgvc.data.unseen import OPTIONS, Pool, Seen, all_seen, seen_words, unseen_pool
 from fgvc.errors import FgvcError, NoUnseenImagesError
+from fgvc.evaluation.assignment import log_probabilities
 from fgvc.evaluation.compared import Images
 from fgvc.evaluation.side import Side
 from fgvc.io.names import some
@@ -30,7 +30,7 @@ SAMPLE = 500  # images that a file is asked about whether it has seen them
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Source:
-    """A set of images that are compared on, as it is divided."""
+    """The set of images to compare on, with its splits and the ones that a run learned from."""
 
     name: str
     index: ImageIndex
@@ -147,7 +147,7 @@ def _of_split(source: _Source, split: Split | None, deployed: Sequence[Side]) ->
 
 
 def _of_folder(source: _Source | None, folder: Path) -> Images:
-    """All images of a folder that a deployed file has not seen, but for near copies of those of the set."""
+    """Select all images of a folder that a deployed file has not seen, without near copies of images of the set."""
     if source is None:
         index = read_folder(folder)
         note = "near copies of images that were seen are not left out: --data names no set to look for them"
@@ -229,7 +229,7 @@ def _all_of(pool: Pool) -> NDArray[np.int64]:
 
 
 def evidence(side: Side, index: ImageIndex) -> str:
-    """How well a deployed file names images of a set, up to SAMPLE of all classes, in words; empty: none could be asked about."""
+    """Describe how well a deployed file names images of a set, up to SAMPLE of all classes; empty: none could be evaluated."""
     if not set(index.classes) <= set(side.classes) or not len(index):
         return ""
     rows = spread(np.argsort(index.labels, kind="stable"), SAMPLE)
@@ -240,6 +240,5 @@ def evidence(side: Side, index: ImageIndex) -> str:
 
 def score_words(answers: Answers, labels: NDArray[np.int64]) -> str:
     """Accuracy and mean loss of answers, in the words of `seen_words`; `labels` (N,): numbers of outputs."""
-    logits = answers.logits.astype(np.float64)
-    losses = -log_softmax(log_expit(logits) if answers.ending == "sigmoid" else logits, axis=1)[np.arange(len(labels)), labels]
-    return seen_words(float((logits.argmax(1) == labels).mean()), float(losses.mean()))
+    losses = -log_probabilities(answers.logits, answers.ending)[np.arange(len(labels)), labels]
+    return seen_words(float((answers.logits.argmax(1) == labels).mean()), float(losses.mean()))

@@ -2,10 +2,9 @@
 
 MaxBoxAcc, its second version and GT-known Loc are those of Choe et al. (CVPR 2020, arXiv:2001.07437).
 
-Boxes are left, top, right, bottom in continuous pixels, half-open: pixel (column j, row i) covers [j, j+1) x [i, i+1), so that a
-single pixel has the box j, i, j+1, i+1 and the area 1. (wsolevaluation takes OpenCV's x + width for the last pixel's number and
-counts both ends in, so its boxes are a pixel wider and higher than what they go around: its MaxBoxAcc is 1 to 3 points
-higher for the same maps. Its thresholds are 1000.)
+Boxes are half-open (`fgvc.images.preprocess.Box`), so that a single pixel has the area 1. (wsolevaluation takes OpenCV's
+x + width for the last pixel's number and counts both ends in, so its boxes are a pixel wider and higher than what they go around:
+its MaxBoxAcc is 1 to 3 points higher for the same maps. Its thresholds are 1000.)
 
 A map that is flat or not finite says nothing: it has no box, its IoU is 0 and its GIoU, DIoU and CIoU are -1; and its highest
 10 % are 10 % of every pixel, just as chance would have it.

@@ -219,14 +219,15 @@ def _localize_batch(
 
 
 def annotations_in_input(batch: EvaluationBatch, spec: Preprocess) -> tuple[Tensor, Tensor | None]:
-    """Boxes and parts of a batch's images in the network's input, in continuous pixels, float64: left, top, right,
-    bottom (B,4), cut at its borders, of no area or NaN where nothing is left; x and y (B,P,2), NaN where a part can't be
-    seen, or None."""
+    """Map the boxes and parts of a batch's images to continuous pixels of the network's input.
+
+    Returns boxes (B,4) float64, cut at the input's borders, of no area or NaN where nothing is left; and the places (B,P,2)
+    float64 of the parts, x and y, NaN where a part is not visible. None: the data have no parts.
+    """
     assert batch.boxes is not None  # `localize` checked
     height, width = spec.size
     sizes = [(int(h), int(w)) for h, w in batch.sizes]
-    left_top, sides = np.split(batch.boxes.astype(np.float64), 2, axis=1)
-    corners = np.stack([left_top, left_top + sides], axis=1)
+    corners = batch.boxes.astype(np.float64).reshape(-1, 2, 2)
     moved = np.stack([placed(both, size, spec) for both, size in zip(corners, sizes, strict=True)])
     boxes = torch.from_numpy(moved.clip(0, (width, height)).reshape(-1, 4))
     if batch.parts is None:

@@ -1,4 +1,5 @@
-"""The stack of a deployed file that states none: whether it is a run's, by its answers about the run's images."""
+"""Preprocessing and labels of a deployed file that states none: tests whether they are a run's, by the file's answers about the
+run's images."""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ SECONDS = 60.0  # that the search may take, as part of an export
 
 
 def by_its_answers(run: LoadedRun, deployed: Stack, stated: Agreement, *, say: Callable[[str], None]) -> Agreement:
-    """What is known after asking: `stated`, with the preprocessing, and the labels where those are not stated either, as the run
-    has them. The run's preprocessing is taken for the file's where no other is likelier for certain.
+    """Complete `stated` by the file's answers: with the run's preprocessing, and with its labels where those are not stated
+    either. The run's preprocessing is taken for the file's where no other is likelier for certain.
 
     Asks only where the preprocessing is stated nowhere; where the answers don't tell, all stays as stated. Raises FgvcError where
     they say that the file is fed, or read, otherwise than the run is.
@@ -36,13 +37,13 @@ def by_its_answers(run: LoadedRun, deployed: Stack, stated: Agreement, *, say: C
     if search.search.undecided:
         say(f"its answers do not tell: {', '.join(a.factor for a in search.search.undecided)} may be another")
         return stated
-    known = replace(deployed, preprocess=ours.preprocess)
-    if known.labels is None and search.search.order.assigned == ours.labels:
-        known = replace(known, labels=ours.labels)
+    completed = replace(deployed, preprocess=ours.preprocess)
+    if completed.labels is None and search.search.order.assigned == ours.labels:
+        completed = replace(completed, labels=ours.labels)
     best = search.search.best
     words = f"by its answers about {search.search.images} images ({100 * best.accuracy:.1f} % right)"
     say(f"{deployed.path}: fed as the run is, {words}, of {search.search.trials} preprocessings")
-    return replace(agreement(ours, known), answers=words)
+    return replace(agreement(ours, completed), answers=words)
 
 
 def _refuse_other(search: FileSearch, ours: Stack, deployed: Stack) -> None:

@@ -35,11 +35,12 @@ class Paired:
 
     @property
     def images(self) -> int:
+        """Number N of images."""
         return len(self.labels)
 
     @property
     def verdict(self) -> Literal["gain", "loss", "unclear"]:
-        """Which of them is better, where chance alone would seldom do this (p below 1 - LEVEL)."""
+        """Whether B gains or loses against A, where chance alone would seldom do this (p below 1 - LEVEL); else unclear."""
         return "unclear" if self.p >= 1 - LEVEL else "gain" if self.gain > 0 else "loss"
 
     @property
@@ -54,6 +55,7 @@ class Paired:
 
     @property
     def gain(self) -> float:
+        """Top-1 of B minus top-1 of A, a share."""
         return float(self.b_right.mean() - self.a_right.mean())
 
     @property

@@ -1,4 +1,8 @@
-"""Plots of a run: curves, confusion matrix, calibration and localisation; each the bytes of a PNG file."""
+"""Plots of a run as PNG files: curves, confusion matrix, calibration and localisation.
+
+What a page of `fgvc report` shows as well, in other sizes (`fgvc.report.html_charts`), is drawn here alone: `draw_reliability`,
+`draw_risk`, and the font of class names.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,14 @@ import io
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import LineCollection
+from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 
-from fgvc.evaluation.calibration import BINS, Calibrated
+from fgvc.evaluation.calibration import BINS, Calibrated, Reliability, RiskCoverage
 from fgvc.evaluation.localization import OVERLAPS, THRESHOLDS, MapBoxes, Thresholds, accuracy
 from fgvc.images.lettering import writable
 
@@ -85,10 +92,9 @@ def plot_confusion(confusion: np.ndarray, classes: Sequence[str], *, title: str)
     figure.colorbar(image, ax=axes, label="% of the true class", shrink=0.8)
     axes.set(xlabel="predicted", ylabel="true", title=title)
     if count <= LABELLED:
-        names, font = writable(classes)
-        properties = FontProperties(fname=str(font.path), size=7)
-        axes.set_xticks(range(count), names, rotation=90, fontproperties=properties)
-        axes.set_yticks(range(count), names, fontproperties=properties)
+        names, font = writable(classes)[0], font_of(classes, size=7)
+        axes.set_xticks(range(count), names, rotation=90, fontproperties=font)
+        axes.set_yticks(range(count), names, fontproperties=font)
     return _png(figure)
 
 
@@ -104,26 +110,43 @@ def reliability_figure(calibrated: Calibrated, *, title: str) -> Figure:
     """Plot accuracy and its gap to confidence, bin by bin, before and after the temperature; and the images of each bin."""
     figure = Figure(figsize=(9, 5), layout="constrained")
     upper, lower = figure.subplots(2, 2, sharex=True, sharey="row", height_ratios=(3, 1))
-    left = 100 * np.arange(BINS) / BINS
-    width = 100 / BINS
     state = f"temperature {calibrated.temperature:.2f}" if calibrated.calibrated else "not calibrated"
     sides = (("as trained", calibrated.before), (state, calibrated.after))
     for over, under, (name, side) in zip(upper, lower, sides, strict=True):
-        style = {"width": 0.92 * width, "align": "edge"}
-        bars = over.bar(left, 100 * side.accuracy, color="#8fb3d9", **style)
-        ends = left, left + 0.92 * width
-        sure = over.hlines(100 * side.confidence, *ends, color="#d1495b", linewidth=3)
-        over.vlines(left + 0.46 * width, 100 * side.confidence, 100 * side.accuracy, color="#d1495b", linewidth=1)
-        over.plot([0, 100], [0, 100], color="#1c1c1c", linewidth=1, linestyle="--")
-        over.set(title=f"{name}: calibration error {100 * side.ece:.1f} %", xlim=(0, 100), ylim=(0, 100))
-        under.bar(left, side.images, color="#8a8a8a", **style)
-        under.set_xlabel("confidence %")
+        handles = draw_reliability(over, under, side)
+        over.set_title(f"{name}: calibration error {100 * side.ece:.1f} %")
         over.grid(alpha=0.3)
-    upper[0].set_ylabel("right %")
-    upper[0].legend([bars, sure], ["right", "confidence"], loc="upper left")
-    lower[0].set_ylabel("images")
+    upper[0].legend(handles=handles, loc="upper left")
+    for axes in (upper[1], lower[1]):
+        axes.set_ylabel("")
     figure.suptitle(f"{title}: {calibrated.images} images; {calibrated.source}", wrap=True)
     return figure
+
+
+def draw_reliability(upper: Axes, lower: Axes, side: Reliability) -> tuple[BarContainer, LineCollection]:
+    """Draw accuracy and mean confidence of each bin in per cent, and below it the number of images in each bin. Returns what a
+    legend explains."""
+    left, width = 100 * np.arange(BINS) / BINS, 0.92 * 100 / BINS
+    accuracy, confidence = 100 * side.accuracy, 100 * side.confidence
+    bars = upper.bar(left, accuracy, width, align="edge", color="#8fb3d9", label="right")
+    levels = upper.hlines(confidence, left, left + width, color="#d1495b", linewidth=3, label="confidence")
+    upper.vlines(left + width / 2, confidence, accuracy, color="#d1495b", linewidth=1)
+    upper.plot([0, 100], [0, 100], color="#1c1c1c", linewidth=1, linestyle="--")
+    upper.set(xlim=(0, 100), ylim=(0, 100), ylabel="right %")
+    lower.bar(left, side.images, width, align="edge", color="#8a8a8a")
+    lower.set(xlabel="confidence %", ylabel="images")
+    return bars, levels
+
+
+def draw_risk(axes: Axes, curve: RiskCoverage, *, label: str | None = None) -> None:
+    """Draw the share of wrong answers among the most confident ones over the share that is answered, both in per cent."""
+    axes.plot(100 * curve.coverage, 100 * curve.risk, color="#3b6ea5", label=label)
+    axes.set(xlabel="answered %, the surest first", ylabel="of these wrong %", xlim=(0, 100), ylim=(0, None))
+
+
+def font_of(names: Sequence[str], *, size: float) -> FontProperties:
+    """The font, of `size` points, that can write these names."""
+    return FontProperties(fname=str(writable(names)[1].path), size=size)
 
 
 def risk_figure(calibrated: Calibrated, *, title: str) -> Figure:
@@ -131,15 +154,15 @@ def risk_figure(calibrated: Calibrated, *, title: str) -> Figure:
     curve = calibrated.curve
     figure = Figure(figsize=(6, 4.2), layout="constrained")
     axes = figure.subplots()
-    axes.plot(100 * curve.coverage, 100 * curve.risk, color="#3b6ea5", label=f"area {100 * curve.area:.2f} %")
+    draw_risk(axes, curve, label=f"area {100 * curve.area:.2f} %")
     answered = int((curve.confidence >= calibrated.threshold).sum())
     if 0 < answered < calibrated.images:
         axes.plot(
             100 * curve.coverage[answered - 1], 100 * curve.risk[answered - 1], "o", color="#d1495b",
             label=f"threshold {100 * calibrated.threshold:.0f} %, to keep {100 * calibrated.keep:g} % of the right",
         )  # fmt: skip
-    axes.set(xlabel="answered %, the surest first", ylabel="of these wrong %", title=f"{title}: {calibrated.images} images")
-    axes.set(xlim=(0, 100), ylim=(0, None))
+    axes.set_title(f"{title}: {calibrated.images} images")
+    axes.set_ylim(0, None)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     return figure

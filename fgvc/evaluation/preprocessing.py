@@ -64,7 +64,7 @@ SECONDS = 100.0  # that the search may take; fewer images where the network is s
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
-    """One preprocessing, and how the network answers under it."""
+    """One preprocessing, with the network's losses and right answers under it."""
 
     spec: Preprocess
     normalisation: str  # its name
@@ -74,10 +74,12 @@ class Trial:
 
     @property
     def loss(self) -> float:
+        """Mean loss in nats."""
         return float(self.losses.mean())
 
     @property
     def accuracy(self) -> float:
+        """Share of right answers, in [0,1]."""
         return float(self.right.mean())
 
     def value(self, factor: Factor) -> object:
@@ -103,16 +105,18 @@ class Alternative:
 
     @property
     def decided(self) -> bool:
+        """Whether the best trial is better for certain: the interval of the difference in loss lies above 0."""
         return self.low > 0
 
     @property
     def undecided(self) -> bool:
-        """Whether the images do not tell it from the best, of what can't be left to chance."""
+        """Whether the images do not tell this trial from the best one, in a factor that must not be left to chance."""
         return self.factor in MUST_BE_DECIDED and not self.decided
 
     @property
     def matters(self) -> bool:
-        """Whether it is undecided and may be worth something: not where pictures are square, or grey, and both are the same."""
+        """Whether it is undecided and may change the accuracy: not where all pictures are square, or grey, and both do the
+        same."""
         return self.undecided and self.worth > LITTLE
 
 
@@ -137,12 +141,12 @@ class Search:
 
     @property
     def refused(self) -> tuple[Alternative, ...]:
-        """Those of them that matter for images like these."""
+        """The undecided alternatives that matter for images like these."""
         return tuple(a for a in self.alternatives if a.matters)
 
 
 def interpolation_name(spec: Preprocess) -> str:
-    """Its interpolation, in words."""
+    """Name of a preprocessing's interpolation, for people."""
     return spec.interpolation + ("" if spec.antialias else ", not antialiased")
 
 
@@ -254,7 +258,7 @@ def likelier(
 
 @dataclass(slots=True)
 class _Trials:
-    """What was tried, and the network that is asked."""
+    """The trials so far of one network on one sample of images."""
 
     network: LogProbabilities
     size: tuple[int, int]
@@ -279,14 +283,14 @@ class _Trials:
         return int(self.seconds / max(each, 1e-6))
 
     def plan(self) -> tuple[int, int]:
-        """How many images a coarse and a fine trial may have."""
+        """Numbers of images of a coarse and of a fine trial."""
         affordable = self.affordable()
         coarse = self.in_both_halves(max(FEWEST, min(COARSE, affordable // (2 * COARSE_TRIALS))))
         more = max(0, affordable - COARSE_TRIALS * coarse) // FINE_TRIALS
         return coarse, max(coarse, self.in_both_halves(coarse + more))
 
     def covering(self, images: int) -> int:
-        """As many images, or so many more that all classes are among them."""
+        """The least number of images, `images` or more, that has all classes among the first ones."""
         return max(images, self.in_both_halves(FEWEST_A_CLASS * len(np.unique(self.labels))))
 
     def wider(self, images: int) -> int:
@@ -295,7 +299,7 @@ class _Trials:
         return more if more > images else len(self.images)
 
     def in_both_halves(self, images: int) -> int:
-        """As many of the first `images` as can be: each class in two of them or more."""
+        """The largest number, up to `images`, of first images with two of each class or more."""
         images = min(images, len(self.images))
         while images > 2 and np.unique(self.labels[:images], return_counts=True)[1].min() < 2:
             images -= 1
@@ -319,7 +323,7 @@ class _Trials:
         return min((t for t in self.trials.values() if len(t.losses) >= images), key=lambda trial: trial.loss)
 
     def alternatives(self, best: Trial) -> Iterable[Alternative]:
-        """For each factor the likeliest trial with another value of it."""
+        """Yield the likeliest trial with another value of each factor."""
         for factor in (*MUST_BE_DECIDED, *TAKEN):
             others = [trial for trial in self.trials.values() if trial.value(factor) not in (best.value(factor), None)]
             most = max((len(trial.losses) for trial in others), default=0)

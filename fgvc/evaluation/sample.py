@@ -24,6 +24,7 @@ class Sample:
         self._logits: list[Tensor] = []
 
     def add_batch(self, batch: EvaluationBatch) -> None:
+        """Note the batch whose images the net gets next."""
         self._in_sample, self._batch_labels = torch.from_numpy(np.isin(batch.index.numpy(), self.rows)), batch.labels
         self._labels.append(batch.labels[self._in_sample])
 

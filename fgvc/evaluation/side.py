@@ -83,7 +83,7 @@ def open_sides(
         for at, file in _assign_files(name, option, (a, b)):
             stated_files[at][name] = file
     for path, opposite, files in zip((a, b), (b, a), stated_files, strict=True):
-        files |= {name: file for name, file in _known_by(path, opposite).items() if name not in files}
+        files |= {name: file for name, file in _files_from_other_side(path, opposite).items() if name not in files}
         unknown = [
             name for name in ("preprocess", "labels") if name not in files and not _file_beside(path, name).is_file()
         ]
@@ -121,9 +121,9 @@ def _file_beside(path: Path, name: str) -> Path:
     return path.parent / f"{name}.json"
 
 
-def _known_by(path: Path, other: Path) -> dict[str, Path]:
-    """What the run or bundle on the other side knows of a lone file, where it was trained from just that file or written into
-    it: the file of its labels, and of its preprocessing. Only what the file itself lacks."""
+def _files_from_other_side(path: Path, other: Path) -> dict[str, Path]:
+    """Files with the labels and the preprocessing of a lone .onnx file, from the run or bundle on the other side, where that was
+    trained from this very file or written into it. Only what the file itself lacks."""
     if not path.is_file() or not other.is_dir():
         return {}
     record = other / (RECORD if is_run(other) else "contract.json")

@@ -1,4 +1,4 @@
-"""What a stack that accepts answers above a threshold gets of a deployed file: for how many images, and how many are right."""
+"""Coverage and precision of a stack that accepts a deployed file's answers above a threshold of confidence."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Accepted:
 
     @property
     def words(self) -> tuple[str, str]:
-        """Both in per cent."""
+        """Coverage and precision in per cent, as text."""
         return f"{100 * self.coverage:.1f} %", "" if np.isnan(self.precision) else f"{100 * self.precision:.1f} %"
 
 
@@ -42,7 +42,7 @@ class StackThreshold:
     files: Mapping[str, Accepted]
 
     def numbers(self) -> dict[str, Any]:
-        """For metrics.json."""
+        """Values for metrics.json."""
         rows = {
             name: {"coverage": round(row.coverage, 6), "precision": None if np.isnan(row.precision) else round(row.precision, 6)}
             for name, row in self.files.items()

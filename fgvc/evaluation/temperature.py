@@ -52,7 +52,7 @@ class RunCalibration:
 
     @property
     def source(self) -> str:
-        """Where the temperature is from, in words."""
+        """Origin of the temperature, in words."""
         fitted = self.calibration
         return self.reason if fitted is None else f"fitted on {fitted.images} {fitted.fitted_on} images"
 

@@ -76,7 +76,7 @@ def _put(tensor: TensorProto, values: NDArray[np.float64]) -> None:
 
 
 def _classes(model: onnx.ModelProto, output: str) -> int:
-    """Number of classes by the declared output; -1 where it is left open."""
+    """Number of classes that the declared output has; -1 where the file leaves it open."""
     dims = [proto.type.tensor_type.shape.dim for proto in model.graph.output if proto.name == output]
     return int(dims[0][-1].dim_value) if dims and len(dims[0]) and dims[0][-1].HasField("dim_value") else -1
 
@@ -98,10 +98,10 @@ def _resize_reshapes(model: onnx.ModelProto, last: Collection[str], old: int, ne
             tensor.CopyFrom(resized)
 
 
-def refuse_shape(classes: int, wanted: int, path: Path) -> None:
+def refuse_shape(classes: int, expected: int, path: Path) -> None:
     """Raise FgvcError where the written file has another number of classes than it should."""
-    if classes != wanted:
+    if classes != expected:
         raise FgvcError(
-            f"{path}: has the number of its classes elsewhere in its graph, too, so that its last layer can't be of {wanted}: "
+            f"{path}: has the number of its classes elsewhere in its graph, too, so that its last layer can't be of {expected}: "
             "train a net of model.backbone in its place"
         )

@@ -57,8 +57,8 @@ HALF_TOLERANCE = 1e-2  # in place of 1e-4 where weights or arithmetic are of hal
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeployedFile:
-    """The contract of a run of `model.onnx`, and of one of `model.backbone` whose net the file is: what ships is that file, in
-    which payloads of weights alone are others."""
+    """Contract of a run of `model.onnx`, and of one of `model.backbone` whose net the file is: it ships that file, in which
+    payloads of weights alone differ."""
 
     file: Path
     size: tuple[int, int]  # height, width of the images
@@ -123,7 +123,8 @@ class DeployedFile:
         )  # fmt: skip
 
     def _divide(self, net: OnnxNet, x: np.ndarray) -> dict[str, Any]:
-        """Divide the last layer by the temperature: by which it was, and why not by the one that was asked for."""
+        """Divide the last layer by the temperature. Returns the record of that: the divisor, 1 where it could not be done, and
+        the reason."""
         why = "" if self.temperature == 1 else divide_last(net, self.temperature, x)
         return {"divided_by": 1.0 if why else self.temperature, "why_not": why}
 
@@ -162,7 +163,7 @@ class DeployedFile:
         return written
 
     def _outside(self, written: Written) -> dict[str, Any]:
-        """The proof of bytes in figures."""
+        """Figures of the proof of bytes."""
         outside = "equal" if self.classes is None else "equal but for the shape of the output"
         return {"outside": outside, "untrained": "equal", "moved": len(written.moved), "kept": len(written.kept)}
 
@@ -178,7 +179,7 @@ class DeployedFile:
             raise FgvcError(f"{wrong[0]}: its weights are not written back as they were read: fgvc can't write this file")
 
     def _record(self, written: Written, net: OnnxNet) -> dict[str, Any]:
-        """What `fgvc verify` needs to repeat the proof of bytes, from the bundle alone or with the deployed file."""
+        """The record by which `fgvc verify` repeats the proof of bytes, from the bundle alone or with the deployed file."""
         files = [self.file, *(self.file.with_name(name) for name in written.files)]
         last = [] if self.classes is None else list(last_tensors(net))
         outside = skeleton(self.file, written.moved, parsed=written.reencoded)

@@ -56,7 +56,7 @@ def compare_graphs(candidate: Canonical, reference: Canonical, *, limit: int = 5
 
 
 def shortest_account(forms: Sequence[tuple[Canonical, Canonical]]) -> tuple[Difference, ...]:
-    """All differences of the pair (candidate, reference) that has the fewest, of those that differ."""
+    """The differences of the pair (candidate, reference) with the fewest, among the pairs that differ."""
     accounts = [account for pair in forms if (account := compare_graphs(*pair, limit=ALL))]
     shortest = min(accounts, key=len)
     return tuple(shortest)
@@ -166,8 +166,8 @@ class _Side:
 
 
 class _Walk:
-    """One comparison, which collects the differences. `same` maps references of the candidate to the reference's, as far as
-    inputs, aligned nodes and the initializers in equal places show that the two are the same tensor."""
+    """One comparison of two graphs, which collects their differences. `same` maps references of the candidate to the reference's,
+    as far as inputs, aligned nodes and the initializers in equal places show that the two are the same tensor."""
 
     def __init__(self, ours: Sequence[Initializer], theirs: Sequence[Initializer], stored_order: bool) -> None:
         self.ours, self.theirs, self.stored_order = _Side(ours), _Side(theirs), stored_order

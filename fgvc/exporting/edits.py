@@ -1,4 +1,4 @@
-"""Edits of ONNX graphs in place, which rules of spelling are made of."""
+"""In-place edits of ONNX graphs, from which the rules of spelling are made."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DEFAULT_DOMAIN = ("", "ai.onnx")
 
 
 def domain_of(name: str) -> str:
-    """A domain's one name: the default domain has two."""
+    """Canonical name of a domain: the default domain of ONNX has two."""
     return "" if name in DEFAULT_DOMAIN else name
 
 
@@ -70,4 +70,5 @@ def unread(graph: GraphProto) -> set[str]:
 
 
 def is_float(tensor: TensorProto) -> bool:
+    """Whether a tensor is floating-point."""
     return TensorProto.DataType.Name(tensor.data_type).lower() in FLOATING

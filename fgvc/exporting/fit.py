@@ -1,4 +1,4 @@
-"""How a net has to be exported for its file to be the graph of a deployed one: exporter, operator set, norms and names."""
+"""Choice of exporter, operator set, norms and names under which a net's export is the graph of a deployed file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fgvc.models.backbone import deployed
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fit:
-    """How a net is exported, and how the graph is then written beside the deployed file's."""
+    """A way to export a net, and to write its graph, so that it is that of the deployed file."""
 
     interface: Interface
     exporter: Exporter
@@ -74,7 +74,7 @@ def fit(plain: nn.Module, against: Path, *, size: tuple[int, int], num_classes: 
 
 
 def _unfit(where: str, tried: Sequence[tuple[Fit, Spelling]], failed: Sequence[str], opset: int) -> str:
-    """The message where nothing fits: the shortest account of differences, and the other way."""
+    """The message where no way fits: the shortest list of differences, and the other way to export."""
     torch = f"torch {versions()['torch']}"
     if not tried:
         reasons = failed or [f"{torch} does not write opset {opset}"]

@@ -16,8 +16,8 @@ ACTIVATIONS = ("Relu", "Sigmoid", "Tanh", "Clip", *NUMBERS)
 
 
 def unfused(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The same function with each FusedConv as Conv, Add where it has a summand, and activation; `model` itself where there is
-    none. Raises FgvcError for an activation that is not known."""
+    """Replace each FusedConv of a model by Conv, Add where it has a summand, and activation; returns `model` itself where there
+    is none. Raises FgvcError for an activation that is not known."""
     if not any(_is_fused(node) for node in model.graph.node):
         return model
     model = copy.deepcopy(model)

@@ -1,4 +1,4 @@
-"""What a deployed file is, and what of it can be trained."""
+"""Inspection of a deployed file: what it is, and whether it can be trained."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fgvc.config.images import Preprocess, Triple
+from fgvc.data.deployed import PREPROCESS
 from fgvc.errors import FgvcError, ImageError
 from fgvc.evaluation.file_preprocessing import FileSearch, search_file
 from fgvc.exporting.proofs import MAX_IMAGES
@@ -38,13 +39,12 @@ from fgvc.runtime.stack import stack_of
 
 TOLERANCE = 1e-4  # of the largest answer: float32 in another order; half floats have their own bar
 HALF_TOLERANCE = 1e-2
-PREPROCESS = "preprocess.json"
 UNKNOWN_PREPROCESS = f"how they are prepared is not known; to train from it, give deploy.* or a {PREPROCESS} beside it"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Inspection(Display):
-    """A classifier's file as it will be trained."""
+    """Facts of a classifier's file as it will be trained."""
 
     path: Path
     producer: str  # program and version, as the file says
@@ -83,14 +83,14 @@ class Inspection(Display):
         return self.difference <= (HALF_TOLERANCE if self.dtype == "float16" else TOLERANCE)
 
     def numbers(self) -> dict[str, Any]:
-        """For JSON."""
+        """Values for JSON."""
         preprocess = None if self.preprocess is None else self.preprocess.model_dump(mode="json")
         search = None if self.search is None else self.search.numbers()
         own = asdict(replace(self, search=None))
         return own | {"path": str(self.path), "agrees": self.agrees, "preprocess": preprocess, "search": search}
 
     def lines(self) -> list[str]:
-        """For people."""
+        """Lines of text for the terminal."""
         values = sum(math.prod(shape) for shape in self.trainable.values())
         batch = "any batch" if self.batch is None else f"a batch of {self.batch} alone"
         ending = f", {self.ending} at the end" if self.ending else ""
@@ -172,9 +172,9 @@ def inspect_file(
     net = OnnxNet(read_graph(path, model, size, output=output)).eval()
     tensors = stored_tensors(model)
     folded = folded_convolutions(net)
-    known = look_up(net)
-    if known.twin is not None:
-        net.set_stages(known.twin.stages)
+    twins = look_up(net)
+    if twins.twin is not None:
+        net.set_stages(twins.twin.stages)
     with torch.no_grad():
         features = net.forward_features(torch.zeros(1, 3, *net.size))
     trained = {name for name, slots in net.slots.items() if any(slot.trained for slot in slots)}
@@ -208,7 +208,7 @@ def inspect_file(
         bare=folded.left,
         trainable={name: tuple(tensors[name].dims) for name in tensors if name in trained},
         untrained=net.untouched,
-        timm=known.numbers() | {"line": known.line()},
+        timm=twins.numbers() | {"line": twins.line()},
         labels=labels_of(path) if labels is None else Labels(stack.labels or (), str(labels)),
         preprocess=spec,
         search=search,
@@ -219,7 +219,7 @@ def inspect_file(
 
 
 def _asked(path: Path, pictures: Sequence[Path], size: tuple[int, int] | None, output: str | None) -> FileSearch:
-    """How the file is fed, by its answers about a folder of labelled images."""
+    """Search for the file's preprocessing by its answers about a folder of labelled images."""
     reason = ""
     if len(pictures) == 1 and pictures[0].is_dir():
         try:
@@ -234,7 +234,7 @@ def _asked(path: Path, pictures: Sequence[Path], size: tuple[int, int] | None, o
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """What onnxruntime answers, beside a net."""
+    """Agreement of a net's answers with those of onnxruntime."""
 
     difference: float  # the largest of onnxruntime's from the net's, over the largest answer
     classes: list[int]  # onnxruntime's, of each image
@@ -247,12 +247,12 @@ def difference_from_onnxruntime(path: Path, net: OnnxNet, x: NDArray[np.float32]
     worst, largest, classes = 0.0, 1e-30, list[int]()
     for start in range(0, len(x), BATCH):
         images = x[start : start + BATCH]
-        wanted = session.scores(images)
+        reference = session.scores(images)
         with torch.no_grad():
             own = net.probabilities(net(torch.from_numpy(images))).double().numpy()
-        worst = float(np.maximum(worst, np.abs(own - wanted).max()))  # NaN stays
-        largest = max(largest, float(np.abs(wanted).max()))
-        classes += wanted.argmax(1).tolist()
+        worst = float(np.maximum(worst, np.abs(own - reference).max()))  # NaN stays
+        largest = max(largest, float(np.abs(reference).max()))
+        classes += reference.argmax(1).tolist()
     return Answers(worst / largest, classes)
 
 
@@ -264,7 +264,7 @@ def noise(net: OnnxNet, images: int = 2, seed: int = 0) -> NDArray[np.float32]:
 
 
 def _prepared(paths: Sequence[Path], spec: Preprocess, file: Path, net: OnnxNet) -> NDArray[np.float32]:
-    """Up to MAX_IMAGES pictures of these files and folders, as the file takes them; those that can't be read are reported."""
+    """Preprocess up to MAX_IMAGES pictures of these files and folders for the file; those that can't be read are reported."""
     if spec.size != net.size:
         raise FgvcError(f"{file}: takes images of {net.size[0]} x {net.size[1]}, its preprocessing makes {spec.size}")
     inputs = []
@@ -280,7 +280,7 @@ def _prepared(paths: Sequence[Path], spec: Preprocess, file: Path, net: OnnxNet)
 
 
 def _counted(classes: Sequence[int], labels: Sequence[str] | None) -> dict[str, int]:
-    """Of how many images each class is the answer, the most frequent first."""
+    """Count the images by the class that is answered, the most frequent first."""
     names = [str(number) if labels is None or number >= len(labels) else labels[number] for number in classes]
     return dict(Counter(names).most_common())
 

@@ -91,8 +91,8 @@ def write_into(source: Path, tensors: Mapping[str, NDArray[np.float64]], out: Pa
 
 
 def differences_outside(ours: Path, theirs: Path, payloads: Collection[str] | None = None) -> list[str]:
-    """Where two files differ in something else than the values of these stored tensors (None: of all floats), in words; empty:
-    they are one graph with two sets of weights. Bytes are compared, and where a typed field has another length, the parsed
+    """Differences of two files in anything but the values of these stored tensors (None: of all floats), in words; empty: they
+    are one graph with two sets of weights. Bytes are compared, and where a typed field has another length, the parsed
     messages."""
     a, b = ours.read_bytes(), theirs.read_bytes()
     one, two = onnx.load_from_string(a), onnx.load_from_string(b)
@@ -133,8 +133,8 @@ def skeleton(path: Path, payloads: Collection[str] | None = None, *, parsed: boo
 
 
 def payload_spans(data: bytes) -> dict[str, Span]:
-    """Where the values of each stored tensor of floats lie in a serialised model, by the name under which nodes read it; those
-    in raw, float or double fields alone. Those of subgraphs and functions are left out."""
+    """Locate the values of each stored tensor of floats in a serialised model, by the name under which nodes read it; those in
+    raw, float or double fields alone. Those of subgraphs and functions are left out."""
     spans: dict[str, Span] = {}
     for number, _, start, end in fields(data):
         if number != GRAPH:
@@ -169,7 +169,7 @@ def _note(data: bytes, start: int, end: int, name: str | None, spans: dict[str, 
 
 
 def _differs(stored: NDArray[np.generic], values: NDArray[np.float64]) -> bool:
-    """Whether the net's values are others than those that it read: it reads and trains in float32."""
+    """Whether the net's values have changed since it read them: it reads and trains in float32."""
     return not np.array_equal(stored.astype(np.float32), values.astype(np.float32), equal_nan=True)
 
 
@@ -192,7 +192,7 @@ def _zeroed_external(path: Path, model: onnx.ModelProto, payloads: Collection[st
 
 
 def _cleared(model: onnx.ModelProto, payloads: Collection[str] | None = None) -> onnx.ModelProto:
-    """The model, in place, without these payloads."""
+    """Take these payloads out of the model, in place."""
     for name, tensor in stored_tensors(model).items():
         if tensor.data_type in FLOATS and (payloads is None or name in payloads):
             for field in VALUES:

@@ -92,6 +92,7 @@ class Behavioural:
 
     @property
     def batch_bar(self) -> float:
+        """The largest difference allowed between an image alone and the same image in a batch."""
         return BATCH_TOLERANCE * self.bar / ONNX_TOLERANCE
 
     @property
@@ -192,7 +193,8 @@ def differing_rows(
 
 
 def peek(images: Iterable[np.ndarray]) -> tuple[np.ndarray, Iterable[np.ndarray]]:
-    """Up to 8 images of the first batch that has any, and all batches. Raises FgvcError where there is none."""
+    """Read up to 8 images of the first batch that is not empty; returns them, and all batches. Raises FgvcError where there is
+    none."""
     batches = iter(images)
     first = next((batch for batch in batches if len(batch)), None)
     if first is None:

@@ -65,12 +65,12 @@ class ProvedExport:
 
     @property
     def source(self) -> bytes | Path:
-        """What onnxruntime loads."""
+        """The model as onnxruntime loads it: its bytes, or the path of a file with external data."""
         return self.model if self.runnable is None else self.runnable
 
 
 class Contract(Protocol):
-    """What a run ships, and how that is proved."""
+    """Definition of what a run ships, with its proof."""
 
     def prove(self, net: nn.Module, images: Iterable[np.ndarray]) -> ProvedExport:
         """Export the trained `net` (its replaced modules still in it) and prove it. `images`: batches (B,3,H,W) float32 of real
@@ -80,7 +80,7 @@ class Contract(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlainBackbone:
-    """The contract of a run of `model.backbone`: what ships is timm's plain net of that name, freshly exported."""
+    """Contract of a run of `model.backbone`: it ships timm's plain net of that name, freshly exported."""
 
     backbone: str
     num_classes: int

@@ -103,7 +103,7 @@ def _with_positions(draws: tuple[bytes, bytes]) -> tuple[onnx.ModelProto, frozen
 
 @cache
 def _sources() -> str:
-    """SHA-256 of the code that decides what a plain model's file looks like."""
+    """SHA-256 of the code that determines a plain model's file."""
     home, sha256 = Path(__file__).parents[1], hashlib.sha256()
     for path in sorted(path for pattern in SOURCES for path in home.glob(pattern)):
         sha256.update(path.relative_to(home).as_posix().encode() + path.read_bytes())
@@ -111,7 +111,7 @@ def _sources() -> str:
 
 
 def _read_cache(folder: Path) -> tuple[bytes, bytes] | None:
-    """Both draws from a folder of the cache if they are undamaged, else None; they count as used now."""
+    """Read both draws from a folder of the cache, which then count as used now; None where they are damaged."""
     try:
         hashes = json.loads((folder / "sha256.json").read_text(encoding="utf-8"))
         first, second = ((folder / f"{draw}.onnx").read_bytes() for draw in range(2))

@@ -41,7 +41,7 @@ def drop_unused_opsets(model: ModelProto) -> int:
 
 
 def constants_to_initializers(model: ModelProto) -> int:
-    """Store what Constant nodes hold as initializers."""
+    """Move the tensors of Constant nodes to initializers."""
     count = 0
     for graph in graphs_in(model.graph):
         outputs = {port.name for port in graph.output}
@@ -52,7 +52,8 @@ def constants_to_initializers(model: ModelProto) -> int:
 
 
 def drop_identities(model: ModelProto) -> int:
-    """Let what reads an Identity read its input. One that makes an output of the graph goes where a node makes its input."""
+    """Remove Identity nodes: their readers read their input. One whose output is the graph's gives its name to the node before
+    it."""
     count = 0
     for graph in graphs_in(model.graph):
         ports = {port.name for port in (*graph.output, *graph.input)}
@@ -77,7 +78,7 @@ def drop_identities(model: ModelProto) -> int:
 
 
 def drop_default_attributes(model: ModelProto) -> int:
-    """Drop attributes that say what holds without them."""
+    """Drop attributes that have their default value, and those without effect."""
     versions = {domain_of(entry.domain): entry.version for entry in model.opset_import}
     dropped = 0
     for graph in graphs_in(model.graph):
@@ -107,7 +108,7 @@ def merge_equal_constants(model: ModelProto) -> int:
 
 
 def order_commutative_inputs(model: ModelProto) -> int:
-    """Order the two inputs of an operator for which their order does not matter, by what is behind them."""
+    """Sort the two inputs of a commutative operator by the subgraphs that compute them."""
     graph = model.graph
     marks = {port.name: f"input {k}" for k, port in enumerate(graph.input)}
     for tensor in graph.initializer:
@@ -179,7 +180,8 @@ def _equals(attribute: AttributeProto, default: AttributeProto | None) -> bool:
 
 
 def _is_neutral(node: NodeProto, attribute: AttributeProto, kernels: Mapping[str, list[int]]) -> bool:
-    """Whether it is a list that a convolution or pooling does not need: its specification states no value for it, but says it."""
+    """Whether an attribute without a default in the specification has the value that has no effect: unit strides, no padding and
+    the like of a convolution or pooling."""
     if node.op_type not in SPATIAL or attribute.type != AttributeProto.INTS:
         return False
     values = list(attribute.ints)

@@ -1,4 +1,4 @@
-"""The rule of spelling for shapes that a graph computes: what follows from constants and known axes becomes a constant."""
+"""Rule of spelling that folds the arithmetic on shapes: values that follow from constants and known axes become constants."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ Axes = list[int | str]  # a shape: lengths, and the names of open axes; "" for o
 
 
 def fold_shape_arithmetic(model: ModelProto) -> int:
-    """Compute what depends on constants and known shapes alone, where it is of whole numbers or truth values. A Reshape into a
-    shape with one open axis, its input's only open one, has -1 there."""
+    """Compute whole numbers and truth values that depend on constants and known shapes alone. A Reshape into a shape with one
+    open axis, its input's only open one, gets -1 there."""
     graph = model.graph
     if not any(node.op_type in FOLDABLE for node in graph.node):
         return 0
@@ -70,7 +70,7 @@ def _computed(
     names: dict[str, int],
     opset: Sequence[onnx.OperatorSetIdProto],
 ) -> Integers | None:
-    """The value of a node, in which open axes may stand; None where it is not known, of floats, or large."""
+    """Value of a node, in which open axes may stand; None where it is unknown, of floats, or large."""
     if node.op_type in ("Shape", "Size"):
         if (axes := shapes.get(node.input[0])) is None:
             return None

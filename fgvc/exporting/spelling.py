@@ -1,4 +1,4 @@
-"""Comparison of two ONNX graphs that may be written in different ways.
+"""Comparison of two ONNX graphs by their meaning, whichever of several equivalent forms they are written in.
 
 Two files are *identical* where their canonical forms are equal, and *equal but for spelling* where these are equal after all
 rules (`fgvc.exporting.rules`).
@@ -23,7 +23,7 @@ Verdict = Literal["identical", "equal but for spelling", "different"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spelling:
-    """How two graphs are written."""
+    """Result of a comparison by meaning: whether two graphs are equal after the rules, and which rules that took."""
 
     rules: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # that make them equal; how often each applied to either
     # Of different graphs, the canonical forms (candidate, reference) after all rules, and after all but the order of commutative
@@ -36,8 +36,8 @@ class Spelling:
 
 
 def respelled(model: ModelProto, without: Collection[str] = ()) -> tuple[Canonical, dict[str, int]]:
-    """The canonical form of a model after all rules (but those named), with all weights blanked, and how often each applied. The
-    model itself stays as it is.
+    """Apply all rules (but those named) to a copy of a model. Returns its canonical form with all weights blanked, and how often
+    each rule applied.
 
     Raises FgvcError as `canonicalise` does.
     """

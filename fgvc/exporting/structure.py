@@ -28,6 +28,7 @@ class Tensor:
 
     @property
     def blankable(self) -> bool:
+        """Whether it may be a weight: floating-point, of rank 1 or more."""
         return self.dtype in FLOATING and len(self.dims) >= 1
 
     def __str__(self) -> str:
@@ -116,6 +117,7 @@ class Canonical:
 
 
 def digest(*values: object) -> str:
+    """SHA-256, in hexadecimal digits, of values as JSON; of dataclasses the fields that count in a comparison."""
     return hashlib.sha256(json.dumps(_plain(values), separators=(",", ":")).encode()).hexdigest()
 
 

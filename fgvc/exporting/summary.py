@@ -47,7 +47,8 @@ def _norms(kept: int, folded: int) -> str:
 
 
 def _is_folded_bias(difference: Difference, *, here: bool) -> bool:
-    """Whether it is a convolution's bias that only the side with folded norms has, the candidate (`here`) or the reference."""
+    """Whether the difference is a convolution's bias that only the side with folded norms has, the candidate (`here`) or the
+    reference."""
     has, lacks = (difference.candidate, difference.reference)[:: 1 if here else -1]
     return difference.kind == "initializer" and bool(has) and not lacks and _BIAS.match(difference.where) is not None
 

@@ -29,7 +29,7 @@ class Divided(nn.Module):
 
 def divide_last(net: OnnxNet, temperature: float, x: np.ndarray) -> str:
     """Divide the last layer of a file's net, in float64, by a temperature, in place. `x` (B,3,H,W): images on which the logits
-    are compared. Returns the reason where that can't be done, and the net is as it was; empty: it is done."""
+    are compared. Returns an empty text, or the reason where it can't be done; then the net is unchanged."""
     if net.ending == "sigmoid":
         return "its output is a sigmoid's, a probability for each class by itself"
     parameters = [parameter for parameter in (net.classifier.weight, net.classifier.bias) if parameter is not None]
@@ -38,11 +38,11 @@ def divide_last(net: OnnxNet, temperature: float, x: np.ndarray) -> str:
         return "its last layer is computed in the graph, or read elsewhere, too"
     images = torch.from_numpy(x).double()
     with torch.no_grad():
-        wanted = net(images) / temperature
+        expected = net(images) / temperature
         kept = [parameter.clone() for parameter in parameters]
         for parameter in parameters:
             parameter.div_(temperature)
-        difference = float((net(images) - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30))
+        difference = float((net(images) - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
         if difference <= FOLD_TOLERANCE:
             return ""
         for parameter, values in zip(parameters, kept, strict=True):

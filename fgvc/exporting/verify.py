@@ -41,7 +41,7 @@ class Comparison(Display):
 
     @property
     def verdict(self) -> Verdict:
-        """How equal the graphs are."""
+        """Degree of equality of the two graphs."""
         return "different" if self.differences else "equal but for spelling" if self.spelling else "identical"
 
     @property
@@ -66,7 +66,7 @@ class Comparison(Display):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
-    """One proof that was made again."""
+    """Result of one proof that was repeated."""
 
     name: str
     passed: bool | None  # None: could not be made here
@@ -75,7 +75,7 @@ class Check:
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Verification(Display):
-    """All proofs of a bundle, made again; it has passed where none failed."""
+    """Results of all proofs of a bundle, repeated; it has passed where none failed."""
 
     folder: Path
     checks: tuple[Check, ...]

@@ -162,7 +162,7 @@ def _parsed(content: bytes) -> _Jpeg:
 
 
 def _zero_codes(tables: bytes) -> dict[int, int]:
-    """For each AC table in a segment the symbol with the first code, which is all zeros; 0 ends a block."""
+    """The symbol with the all-zero code of each AC table in a segment; 0 ends a block."""
     symbols, at = {}, 0
     while at + 17 < len(tables):
         if tables[at] >> 4 == 1:

@@ -21,8 +21,8 @@ MISSING = "\U0010fffe"  # in no font: drawn as every character that a font lacks
 
 
 def writable(names: Sequence[str]) -> tuple[list[str], ImageFont.FreeTypeFont]:
-    """The names as a font can write them, and that font: the first with all characters. If there is none, names become numbers.
-    """
+    """Return the names as a font can write them, and that font: the first with all characters. If there is none, names become
+    numbers."""
     characters = frozenset(character for name in names for character in name if not character.isspace())
     font = font_for(characters)
     if font is not None:

@@ -17,7 +17,9 @@ from fgvc.config.images import Interpolation, Preprocess, Triple
 from fgvc.images.plain import resample
 
 Box = tuple[float, float, float, float]
-"""left, top, right, bottom in continuous pixels: pixel (column j, row i) covers [j, j+1) x [i, i+1)."""
+"""left, top, right, bottom in continuous pixels, half-open: pixel (column j, row i) covers [j, j+1) x [i, i+1), and is the box
+(j, i, j+1, i+1). All boxes of fgvc are so, tuples or the rows of arrays and tensors (N,4); only `ImageIndex.boxes` are as the
+tables of a data set in CUB's layout have them, until `ImageIndex.corners` reads them."""
 
 # A resized image of more than this many times the network's input is never built as a whole (a 1 x 10,000,000 strip).
 _LARGEST_RESIZED = 16
@@ -43,7 +45,7 @@ def normalise(pixels: NDArray[np.uint8], spec: Preprocess) -> NDArray[np.float32
 
 
 def fit(image: Image.Image, spec: Preprocess) -> NDArray[np.uint8]:
-    """The image resized and cropped to uint8 (H,W,3).
+    """Resize and crop an image to uint8 (H,W,3).
 
     It is laid onto a canvas of size / crop_pct - covering it (crop), whole in its middle (pad) or filling it (squash) - and the
     centre of the canvas is the result."""
@@ -104,7 +106,7 @@ def keeps_pixels(spec: Preprocess, white: int = 255) -> bool:
 
 
 def described(spec: Preprocess) -> str:
-    """All settings of a preprocessing on one line."""
+    """Describe all settings of a preprocessing on one line."""
     settings = _settings(spec)
     usual = {"antialias": True, "network.in_graph": (), "network.ending": None}
     without_effect = {key for key, value in usual.items() if settings.get(key) == value}
@@ -113,7 +115,8 @@ def described(spec: Preprocess) -> str:
 
 
 def _settings(spec: Preprocess) -> dict[str, Any]:
-    """What is done to an image, by the keys of preprocess.json; and as `network.*` how the result is fed, where that is known."""
+    """Settings of a preprocessing by the keys of preprocess.json; and as `network.*` the input and output of the file, where they
+    are known."""
     settings = {key: value for key, value in spec if key != "network"}
     if spec.network is not None and spec.network.whole:
         settings |= {f"network.{key}": getattr(spec.network, key) for key in ("layout", "dtype", "in_graph", "ending")}

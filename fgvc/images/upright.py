@@ -61,14 +61,10 @@ def turned_points(points: NDArray[Any], orientation: int, stored: tuple[int, int
 
 
 def turned_boxes(boxes: NDArray[Any], orientation: int, stored: tuple[int, int]) -> NDArray[Any]:
-    """Map boxes (...,4) left, top, width, height in the stored picture to the upright one, clipped to it; NaN if nothing of a box
-    lies in the picture, or the box is unknown."""
-    first = turned_points(boxes[..., :2], orientation, stored)
-    second = turned_points(boxes[..., :2] + boxes[..., 2:], orientation, stored)
-    low, high = np.minimum(first, second), np.maximum(first, second)
-    limits = np.asarray(turned_sides(stored, orientation), low.dtype)
-    cut_low, cut_high = low.clip(0, limits), high.clip(0, limits)
-    extent = boxes[..., :1:-1] if orientation >= 5 else boxes[..., 2:]  # exact, unlike high - low
-    extent = np.where((cut_low == low) & (cut_high == high), extent, cut_high - cut_low)
-    inside = (cut_high > cut_low).all(axis=-1, keepdims=True)
-    return np.where(inside, np.concatenate([cut_low, extent], axis=-1), np.asarray(np.nan, low.dtype))
+    """Map boxes (...,4), as of `fgvc.images.preprocess.Box`, in the stored picture with the sides `stored` to the upright one,
+    clipped to it; NaN if nothing of a box lies in the picture, or the box is unknown."""
+    first, second = (turned_points(corner, orientation, stored) for corner in (boxes[..., :2], boxes[..., 2:]))
+    limits = np.asarray(turned_sides(stored, orientation), first.dtype)
+    low, high = np.minimum(first, second).clip(0, limits), np.maximum(first, second).clip(0, limits)
+    inside = (high > low).all(axis=-1, keepdims=True)
+    return np.where(inside, np.concatenate([low, high], axis=-1), np.asarray(np.nan, low.dtype))

@@ -1,4 +1,4 @@
-"""The working time of a command that may be interrupted and resumed: all its sessions added, from start to exit."""
+"""Clock of a command's working time: the sum of all its sessions, from start to exit, over interruptions."""
 
 from __future__ import annotations
 

@@ -56,7 +56,8 @@ RUN_SIZE = 8  # a run's folder over its weights: checkpoints with averages and t
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Improvement(Display):
-    """What came of it. `bundle`: the better file with all that belongs to it; None: none is shown to be better, or `dry_run`."""
+    """Result of an improvement. `bundle`: the better file with all that belongs to it; None: none is shown to be better, or
+    `dry_run`."""
 
     folder: Path
     plan: Plan
@@ -127,7 +128,7 @@ def _path(place: str | Path | None) -> Path | None:
 
 
 def run_improvement(request: Request, out: Path, *, on_ray: bool = False, dry_run: bool = False) -> Improvement:
-    """See `improve`."""
+    """Run the improvement that a request asks for; see `improve`."""
     gate = Gate(max_negative_flips=request.max_negative_flips, min_gain=request.min_gain)
     if on_ray:
         if not request.search:
@@ -169,7 +170,7 @@ def run_improvement(request: Request, out: Path, *, on_ray: bool = False, dry_ru
 
 
 def _held(out: Path) -> bool:
-    """Whether another process works in the folder, and has its plan."""
+    """Whether another process works in the folder and has fixed its plan."""
     return (out / "plan.json").is_file() and held(out)
 
 
@@ -186,7 +187,7 @@ def _joined(request: Request, out: Path) -> Improvement:
 
 @contextmanager
 def _claimed(out: Path) -> Iterator[Clock]:
-    """Hold the folder, so that this process alone works there, and count the working time."""
+    """Lock the folder, so that this process alone works there, and count the working time."""
     others = out.is_dir() and any(not entry.name.startswith(".") for entry in out.iterdir())  # a kill leaves .lock, at first
     if others and not (out / "clock.json").is_file():
         raise FgvcError(f"{out}: not empty, and not the folder of an improvement; choose another --out")
@@ -205,8 +206,7 @@ def _claimed(out: Path) -> Iterator[Clock]:
 
 
 def _standing(task: Task, out: Path, view: View) -> NDArray[np.bool_]:
-    """Whether the deployed file names each of the images that choose rightly (N,); empty where there is no file, or none
-    chooses."""
+    """Right answers (N,) of the deployed file on the images that choose; empty without a file or such images."""
     if task.file is None or not task.chooses:
         return np.empty(0, bool)
     file = out / "standing.json"
@@ -257,11 +257,11 @@ def _timings(
     task: Task, out: Path, clock: Clock, view: View, pool: Workers, *, budget: float
 ) -> tuple[dict[str, Timing], int]:
     """Time what the rungs cost, as many side by side as will run. Raises FgvcError where the base can't be trained."""
-    wanted, precision = (candidates(task), "auto") if budget >= LONG else ({BASE: {}}, "fp32")
+    settings_by_name, precision = (candidates(task), "auto") if budget >= LONG else ({BASE: {}}, "fp32")
     slots = 1 if torch.cuda.is_available() else min(2, available_cpus())
-    view.say(f"timing a few steps of {some(list(wanted), 9)}")
+    view.say(f"timing a few steps of {some(list(settings_by_name), 9)}")
     jobs = []
-    for name, settings in wanted.items():
+    for name, settings in settings_by_name.items():
         path = out / "recipes" / f"time-{name}.yaml"
         write_recipe(recipe_of(task.recipe, merged(settings, {"train": {"precision": precision}})), path)
         jobs.append(Job(name, ("time", str(path)), out / "logs" / f"time-{name}.log"))
@@ -317,7 +317,7 @@ def _judge(task: Task, ladder: Ladder, out: Path, gate: Gate, view: View, standi
 
 
 def _placed(out: Path, verdict: Verdict) -> Path:
-    """Where the model lies: only what is better where one would deploy it from."""
+    """Move the bundle to its place for deployment if it is better; returns where the model lies."""
     candidate, bundle = out / "candidate", out / "bundle"
     if verdict.better and candidate.exists():
         with writing(bundle):
@@ -326,14 +326,14 @@ def _placed(out: Path, verdict: Verdict) -> Path:
 
 
 def _answers(old: Path, new: Path, ladder: Ladder) -> PairedAnswers:
-    """Answers of both on the images that judge."""
+    """Compute the answers of both classifiers on the images that judge."""
     recipe = load(Recipe, ladder.out / "recipes" / f"{FINAL}.yaml")
     index = first_index(recipe)
     return collect_answers(*open_sides(old, new), Images(index=index, rows=index.rows("test"), split="judge"))
 
 
 def _right(answers: PairedAnswers, run: Path, select: Any) -> np.ndarray | None:
-    """Whether a run names the same images rightly; None: it has no such weights."""
+    """Right answers (N,) of a run on the same images; None: it has no such weights."""
     try:
         loaded = load_run(run, select)
     except FgvcError:

@@ -1,4 +1,4 @@
-"""The ladder of rungs, and its fit to a budget: pure arithmetic on measured costs.
+"""Planning of the ladder of rungs within a budget: pure arithmetic on measured costs.
 
 A rung is an ordinary run. Stages follow one another; the rungs of a stage are independent and run side by side.
 """
@@ -38,7 +38,8 @@ SEARCH_SHARE = 0.4  # of what is left of the budget
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rung:
-    """One run of the ladder. `settings` lie over the task's recipe, for STUDENT and FINAL over the best rung's."""
+    """One rung of the ladder: settings to train by. `settings` lie over the task's recipe, for STUDENT and FINAL over the best
+    rung's."""
 
     name: str
     stage: Stage
@@ -65,6 +66,7 @@ class Plan:
     timings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def of(self, stage: Stage) -> tuple[Rung, ...]:
+        """The rungs of a stage."""
         return tuple(rung for rung in self.rungs if rung.stage == stage)
 
     @property
@@ -74,10 +76,12 @@ class Plan:
 
     @property
     def record(self) -> dict[str, Any]:
+        """Values for JSON, which `read` reads."""
         return asdict(self)
 
     @classmethod
     def read(cls, stored: Mapping[str, Any]) -> Plan:
+        """The plan from its record in JSON."""
         return cls(**{**stored, "rungs": tuple(Rung(**rung) for rung in stored["rungs"])})
 
 
@@ -137,7 +141,7 @@ def teacher_run(task: Task) -> dict[str, Any]:
 
 
 def makespan(rungs: Iterable[Rung], slots: int) -> float:
-    """How long the runs of rungs take, the longest first, `slots` at a time."""
+    """Seconds that the runs of rungs take, started the longest first, `slots` at a time."""
     busy = [0.0] * slots
     for cost in sorted((rung.seconds for rung in rungs for _ in range(rung.runs)), reverse=True):
         least = busy.index(min(busy))
@@ -193,23 +197,23 @@ def plan_ladder(
 
 
 def _ladders(task: Task, timings: Mapping[str, Timing]) -> list[tuple[tuple[str, ...], int]]:
-    """Ladders from the richest to the plainest: rungs, and epochs that each needs.
+    """Yield ladders from the richest to the plainest, each with its rungs and the epochs that each needs.
 
     With fewer than six epochs another rung costs more than it gives: on the birds file the plain recipe alone had, at its best
     share, 76.9 % of the images that choose after 3 epochs, 79.3 after 6 and 79.5 after 9; taught, 78.3 after 3 (docs/improve.md).
     """
-    known = [entry["name"] for entry in portfolio() if entry["name"] in timings]
+    timed = [entry["name"] for entry in portfolio() if entry["name"] in timings]
     if not task.chooses:
         return [((FINAL, PLAIN), 1)]
-    if not known and TAUGHT not in timings:  # too little time to time more than the base
+    if not timed and TAUGHT not in timings:  # too little time to time more than the base
         return [((BASE, FINAL), 1)]
-    one = (TAUGHT,) if TAUGHT in timings else ()
+    taught_rung = (TAUGHT,) if TAUGHT in timings else ()
     tuned = (TEACHER,) if TEACHER in timings else ()
-    first = one or (known[0],)
+    first = taught_rung or (timed[0],)
     return [
-        ((BASE, *known, *one, *tuned, STUDENT, FINAL, PLAIN), 12),
-        ((BASE, *known, *one, STUDENT, FINAL, PLAIN), 8),
-        ((BASE, *known, *one, FINAL, PLAIN), 8),
+        ((BASE, *timed, *taught_rung, *tuned, STUDENT, FINAL, PLAIN), 12),
+        ((BASE, *timed, *taught_rung, STUDENT, FINAL, PLAIN), 8),
+        ((BASE, *timed, *taught_rung, FINAL, PLAIN), 8),
         ((BASE, STUDENT, FINAL, PLAIN), 3) if task.unlabelled else ((BASE, *first, FINAL, PLAIN), 6),
         ((BASE, FINAL), 1),
     ]
@@ -226,7 +230,7 @@ class _Draft:
     slots: int
 
     def seconds(self, epochs: int, full: int | None = None) -> float:
-        """Of all stages, where each rung has `epochs` and what ships `full` (default: as many)."""
+        """Seconds of all stages, where each rung has `epochs` and the run that ships `full` (default: as many)."""
         rungs = self.rungs(epochs, full or epochs)
         return sum(makespan((rung for rung in rungs if rung.stage == stage), self.slots) for stage in STAGES)
 
@@ -237,7 +241,7 @@ class _Draft:
         return tuple(replace(rung, seconds=ALONE * rung.seconds) if rung.stage in alone else rung for rung in rungs)
 
     def _cost(self, timing: Timing, epochs: int, *, learn: int, choose: int = 0, fits: bool = False) -> float:
-        """Of a run that learns from so many images; `choose`: that it is scored on."""
+        """Seconds of a run that learns from `learn` images and is scored on `choose`."""
         fits = fits or self.task.file is None  # timm's net begins with a fitted head
         return cost(timing, learn=learn, choose=choose, epochs=epochs, classes=len(self.task.classes), fits=fits)
 
@@ -289,7 +293,7 @@ class _Draft:
 
     @property
     def _student_timing(self) -> Timing:
-        """What a student costs: the costliest rung's step, and a forward of each teacher."""
+        """Timing of a student: the costliest rung's step, and a forward of each teacher."""
         tuned = [self.timings[name] for name in self.names if name in self.timings and name != TEACHER]
         costliest = max(tuned, key=lambda timing: timing.step)
         teacher = self.timings.get(TEACHER) if TEACHER in self.names else None
@@ -337,9 +341,10 @@ LEARN_ALL = {"data": {"hold_out": False}}
 
 
 def unchosen(task: Task, timings: Mapping[str, Timing]) -> dict[str, Any]:
-    """Settings of what ships where no image can choose: the first of the portfolio, taught where a teacher can be timed."""
-    known = [entry["settings"] for entry in portfolio() if entry["name"] in timings]
-    settings = copy.deepcopy(dict(known[0])) if known else {}
+    """Settings of the run that ships where no image can choose: the first of the portfolio, with a teacher where one can be
+    timed."""
+    timed = [entry["settings"] for entry in portfolio() if entry["name"] in timings]
+    settings = copy.deepcopy(dict(timed[0])) if timed else {}
     if TAUGHT in timings:
         merge(settings, taught(task))
     return settings

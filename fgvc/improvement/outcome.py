@@ -1,4 +1,4 @@
-"""What became of a rung of the ladder."""
+"""Outcome of a rung of the ladder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Status = Literal["done", "dropped", "failed"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What became of a rung."""
+    """Outcome of a rung."""
 
     status: Status
     reason: str = ""

@@ -1,4 +1,4 @@
-"""The page of an improvement: one that a manager and an engineer both read."""
+"""The HTML report of an improvement, for managers and engineers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SHOWN = 12  # repaired pictures, and as many broken ones
 
 @dataclass(frozen=True, slots=True)
 class Shot:
-    """A picture that changed sides, and where the new classifier looks."""
+    """A picture whose answer changed from right to wrong or back, with the class map of the new classifier."""
 
     flip: Mapping[str, Any]  # a row of `PairedAnswers.flips`
     picture: str
@@ -80,7 +80,8 @@ def _rows(ladder: Ladder, start: float | None) -> list[Row]:
 
 
 def _shots(answers: PairedAnswers, bundle: Bundle, kind: str) -> list[Shot]:
-    """Pictures that changed sides, those first of which the new classifier is surest, with the map of its answer."""
+    """Select pictures whose answers changed, those of which the new classifier is most confident first, with the map of its
+    answer."""
     flips = [flip for flip in answers.flips() if flip["flip"] == kind]
     flips = sorted(flips, key=lambda flip: -flip["b_confidence"])[:SHOWN]
     rows = dict(zip(map(str, answers.paths), answers.rows.tolist(), strict=True))

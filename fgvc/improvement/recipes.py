@@ -17,7 +17,7 @@ Tree = Mapping[str, Any]
 
 
 def merged(*settings: Tree) -> dict[str, Any]:
-    """Settings over one another, the last on top."""
+    """Merge settings, the later ones over the earlier."""
     tree: dict[str, Any] = {}
     for one in settings:
         merge(tree, one)

@@ -1,4 +1,4 @@
-"""What a command asks to be improved, and whether a resumed one asks for the same."""
+"""Request for an improvement, as the command line gives it, and its comparison with that of a resumed command."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fgvc.studies.candidate import named_weights
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What the command asks for."""
+    """Arguments of `fgvc improve`."""
 
     target: str  # a deployed .onnx file, or timm's name of a net
     data: Path
@@ -59,7 +59,7 @@ class Request:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What a resumed command must ask for again, from whatever folder; more time may be given."""
+        """Arguments that must be the same when the command is resumed, with absolute paths; the budget may grow."""
         asked = {key: value for key, value in asdict(self).items() if key != "budget"}
         asked |= {"target": self.file or self.target, "starts": self.absolute_starts}
         return {key: str(value.absolute()) if isinstance(value, Path) else value for key, value in asked.items()}

@@ -55,8 +55,8 @@ Tick = Callable[[Sequence[Job]], None]
 
 
 class Ladder:
-    """The rungs of a plan in a folder, and what became of them: `recipes/NAME.yaml`, `runs/NAME`, `logs/NAME.log`, `rungs.json`.
-    A rung whose images choose in folds has a run for each, NAME-fold0 and so on.
+    """The rungs of a plan in a folder, and their outcomes: `recipes/NAME.yaml`, `runs/NAME`, `logs/NAME.log`, `rungs.json`. A
+    rung whose images choose in folds has a run for each, NAME-fold0 and so on.
 
     What was decided is read from `rungs.json` by the next session, which so decides the same."""
 
@@ -64,7 +64,8 @@ class Ladder:
         self, task: Task, plan: Plan, out: Path, clock: Clock, pool: Workers, *, say: Say, tick: Tick, command: str,
         standing: NDArray[np.bool_], flips: float | None = None, on_ray: bool = False,
     ) -> None:  # fmt: skip
-        """`flips`: the most that may be lost of what the deployed file names rightly, as a share of all images."""
+        """Read the outcomes in the folder `out`. `flips`: the most negative flips against the deployed file, as a share of all
+        images."""
         self.task, self.plan, self.out, self.clock, self.pool, self.say, self.tick = task, plan, out, clock, pool, say, tick
         self.command, self.on_ray = command, on_ray
         self.standing = standing  # (N,) whether the deployed file names the images that choose rightly; empty: there is none
@@ -101,6 +102,7 @@ class Ladder:
         return self.run(self.choices["ships"])
 
     def run(self, name: str) -> Path:
+        """Folder of a run by its name."""
         return self.out / "runs" / name
 
     def runs(self, rung: Rung) -> list[str]:
@@ -108,7 +110,7 @@ class Ladder:
         return [rung.name] if rung.runs == 1 else [f"{rung.name}-fold{fold}" for fold in range(rung.runs)]
 
     def _runs_of(self, name: str) -> list[str]:
-        """The same of a rung's name, or of a trial's, which is one run."""
+        """Names of the runs of a rung, one for each fold, or of a trial, which is one run."""
         return next((self.runs(rung) for rung in self.plan.rungs if rung.name == name), [name])
 
     def first_run(self, name: str) -> Path:
@@ -116,7 +118,7 @@ class Ladder:
         return self.run(self._runs_of(name)[0])
 
     def settings(self, name: str, fold: int = 0) -> Tree:
-        """What a rung has over the task's recipe. `fold`: whose teachers a student has."""
+        """Settings of a rung over the task's recipe. `fold`: the one whose teachers a student has."""
         if name == self.choices.get("searched") and name.startswith("trial-"):
             return self.choices["trial"]
         rung = next(rung for rung in self.plan.rungs if rung.name == name)
@@ -138,8 +140,8 @@ class Ladder:
         return {} if start == BASE else {"model": self.settings(start)["model"]}
 
     def _teachers(self, fold: int) -> list[Tree]:
-        """Of the student: the tuned teacher, else the average of the runs so far; and the deployed file where flips cost. All
-        have seen what the student of that fold sees."""
+        """Teachers of the student: the tuned teacher, else the average of the runs so far; and the deployed file where flips
+        cost. All have learned from the images that the student of that fold learns from."""
         names = [TEACHER] if self.has_run(TEACHER) else [rung.name for rung in self.plan.of("tune") if self.has_run(rung.name)]
         shares = {self._runs_of(name)[fold]: self.share(name) for name in names}
         runs = [{"kind": "run", "path": str(self._at(run, share).absolute())} for run, share in shares.items()]
@@ -219,13 +221,13 @@ class Ladder:
         self._set(rung.name, Outcome(status="done", right=int(right.sum()), of=len(right), seconds=seconds, share=share))
 
     def _was_finished(self, rung: Rung) -> bool:
-        """Whether all of a rung's runs, and the nets between their starts and ends, are there."""
+        """Whether all of a rung's runs, and their interpolated nets, are finished."""
         runs = self.runs(rung)
         ways = not self._has_way(rung) or all(self.run(f"{name}-{BETWEEN}").is_dir() for name in runs)
         return ways and all(checkpoint.is_finished(self.run(name) / "ckpt") for name in runs)
 
     def _has_way(self, rung: Rung) -> bool:
-        """Whether the nets between a rung's start and end are scored."""
+        """Whether the interpolated nets between a rung's start and end are scored."""
         return self.task.chooses and rung.stage in ("tune", "teach")
 
     def _is_full(self, message: str) -> bool:
@@ -307,12 +309,12 @@ class Ladder:
         self._store()
 
     def _right(self, name: str) -> NDArray[np.bool_]:
-        """A rung's answers to the images that choose; the base's before it is trained are the deployed file's."""
+        """Right answers of a rung to the images that choose; of the base, before it is trained, those of the deployed file."""
         done = self.has_run(name) or name.startswith("trial-")
         return self._right_of(name) if done else self.standing
 
     def _right_of(self, name: str) -> NDArray[np.bool_]:
-        """A run's answers to the images that choose, at its best point."""
+        """Right answers of a run to the images that choose, at its best point between start and end."""
         return self._points(name)[self.share(name)]
 
     def share(self, name: str) -> float:
@@ -326,8 +328,8 @@ class Ladder:
         return max(points, key=lambda share: (points[share].sum(), -share), default=1.0)
 
     def _points(self, name: str) -> dict[float, NDArray[np.bool_]]:
-        """Of each share of the way: a rung's answers to the images that choose, those of its folds in turn; of one without a way
-        those of its end."""
+        """Right answers of a rung to the images that choose, by the share of the way from start to end; the folds in turn. Of a
+        rung without such interpolated nets those of its end."""
         if name not in self._answers:
             runs = self._runs_of(name)
             ways = [right_by_share(self.run(f"{run}-{BETWEEN}")) for run in runs]

@@ -77,7 +77,7 @@ def suggested(trial: optuna.Trial, recipe: Recipe) -> dict[str, Any]:
 
 
 def _weights(recipe: Recipe) -> dict[tuple[str, str], float]:
-    """Those of WEIGHTS that a recipe has, and that no schedule changes."""
+    """The loss weights, of WEIGHTS, that a recipe sets to a constant."""
     enabled = enabled_techniques(recipe.techniques)
     own = {(kind, key): getattr(enabled[kind], key) for kind, key in WEIGHTS if kind in enabled}
     return {name: float(weight) for name, weight in own.items() if isinstance(weight, int | float) and weight > 0}
@@ -95,7 +95,7 @@ def winner(recipe: Recipe) -> dict[str, float]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Space:
-    """What is searched, as `search.json` tells it to processes that share the work."""
+    """Space of the search, as `search.json` records it for processes that share the work."""
 
     recipe: Tree  # the winner's, whole
     epochs: int  # of a trial
@@ -104,6 +104,7 @@ class Space:
 
     @property
     def left(self) -> float:
+        """Seconds until the search ends."""
         return self.deadline - time.time()
 
 

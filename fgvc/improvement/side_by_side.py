@@ -25,7 +25,7 @@ POLL = 0.2
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What one process does, see `fgvc.improvement.work`; its output goes to a file."""
+    """Work of one process, see `fgvc.improvement.work`; its output goes to a file."""
 
     name: str
     words: tuple[str, ...]
@@ -34,7 +34,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """How a process ended. `stopped`: time was up."""
+    """End of a process. `stopped`: time was up."""
 
     job: Job
     code: int
@@ -44,7 +44,8 @@ class Ended:
 
     @property
     def message(self) -> str:
-        """Why it ended: no time was left, the error in its log, the signal that killed it, or the last words of its log."""
+        """Reason why it ended: no time was left, the error in its log, the signal that killed it, or the last words of its
+        log."""
         if self.stopped:
             return "its time was up"
         log = self.job.log.read_bytes()[self.before :] if self.job.log.is_file() else b""

@@ -1,4 +1,5 @@
-"""What is to be improved: a deployed file or a net of timm's, the images in three splits, and the recipe that all rungs share.
+"""Definition of an improvement: a deployed file or a net of timm's, the images in three splits, and the recipe that all rungs
+share.
 
 Decided once and recorded: `task.json`, `images.csv`, and `deployed/` with the file, its labels and its preprocessing.
 """
@@ -14,7 +15,7 @@ from typing import Any
 from fgvc.config.images import Preprocess
 from fgvc.config.loading import merge, read_tree
 from fgvc.config.models import Model
-from fgvc.config.shipped import recipe_file
+from fgvc.config.shipped import DEFAULT, recipe_file
 from fgvc.data.deployed import PREPROCESS
 from fgvc.errors import FgvcError, UndecidedError
 from fgvc.evaluation.file_stack import DeniedStackError, OtherOrderError, UndecidedStackError, file_stack
@@ -35,15 +36,14 @@ from fgvc.runtime.description import describe
 from fgvc.runtime.labels import Labels, labels_of
 from fgvc.studies.candidate import start_model
 
-BASE = "any/plain"
-MUCH = 0.02  # of a gain, below which none can be shown
+LARGE_GAIN = 0.02  # share in [0,1]: where no smaller gain can be shown there is a warning
 PREPROCESS_SHARE = 1 / 8  # of the budget, for the search of a preprocessing that nobody remembers
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """What is improved, as decided; `recipe`: the tree of settings that all rungs share."""
+    """Definition of an improvement; `recipe`: the tree of settings that all rungs share."""
 
     name: str  # of the file, or of the net
     file: str | None  # the kept copy of the deployed file; None: a net of timm's
@@ -89,12 +89,12 @@ class Task:
         counts = f"{self.counts['train']} images to learn from, {choose}, {self.counts['test']} judge"
         least = least_gain(self.counts["test"])
         few_judge = f"so few images that judge can show no gain below {100 * least:.1f} points"
-        doubts = [*self.notes, *([few_judge] if least > MUCH else [])]
+        doubts = [*self.notes, *([few_judge] if least > LARGE_GAIN else [])]
         return [what, f"{counts}: {self.rule}", *(f"warning: {doubt}" for doubt in doubts)]
 
 
 def look(request: Request, out: Path, say: Say) -> Task:
-    """Look at all that is given, and decide; or read what an earlier session decided.
+    """Inspect the file and the images and define the task; or read the task that an earlier session recorded.
 
     Raises FgvcError with everything that is wrong or missing at once, and where a resumed command asks for something else.
     """
@@ -133,7 +133,7 @@ def _task(stored: dict[str, Any]) -> Task:
 
 
 def _several(*checks: Callable[[], Any]) -> list[Any]:
-    """The results of all checks. Raises FgvcError with the messages of all that fail."""
+    """Run several checks and return their results. Raises FgvcError with the messages of all that fail."""
     results, errors = list[Any](), list[FgvcError]()
     for one in checks:
         try:
@@ -231,8 +231,8 @@ def _beside(request: Request, file: Path) -> Path:
 
 
 def _inspected(request: Request, file: Path, labels: Labels | None) -> tuple[Preprocess | None, Inspection]:
-    """How the file is fed where that is stated, and what it is. Which of several outputs has the classes is told by the former,
-    or by the number of the labels."""
+    """Read the stated preprocessing (None: none is stated), and inspect the file. Which of several outputs has the classes
+    follows from the former, or from the number of the labels."""
     fed = read_preprocess(beside) if (beside := _beside(request, file)).is_file() else None
     output = None if fed is None else fed.output
     if output is None and labels is not None:
@@ -252,8 +252,8 @@ def _stack(
     request: Request, file: Path, labels: Labels | None, fed: Preprocess | None, inspection: Inspection, divided: Divided,
     out: Path, say: Say,
 ) -> tuple[Preprocess, tuple[str, ...], tuple[str, ...]]:
-    """How the file is fed, its labels, and what is in doubt of the former: as stated (`fed`, `labels`), else as its answers about
-    images that do not judge say. Raises FgvcError where that is not plain, or where these deny what is stated."""
+    """Determine preprocessing and labels, and the doubts about the former: as stated (`fed`, `labels`), else by the file's
+    answers about images that do not judge. Raises FgvcError where these leave it open, or contradict what is stated."""
     if fed is not None and fed.size != inspection.size:
         ours, theirs = ("x".join(map(str, sides)) for sides in (fed.size, inspection.size))
         raise FgvcError(
@@ -360,10 +360,10 @@ def _parameters(model: Model) -> int:
 
 
 def _recipe(settings: Mapping[str, Any], divided: Divided, out: Path, seed: int) -> dict[str, Any]:
-    """The tree of BASE with this net and these images, which are written to `images.csv`."""
+    """The tree of DEFAULT with this net and these images, which are written to `images.csv`."""
     table = (out / "images.csv").absolute()
     write_atomic(table, divided.table())
-    tree = recipe_of(read_tree(recipe_file(BASE)).tree, settings)
+    tree = recipe_of(read_tree(recipe_file(DEFAULT)).tree, settings)
     tree["data"] = {"kind": "csv", "root": str(divided.index.root.absolute()), "file": str(table)}
     merge(tree, {"select": "ema", "train.seed": seed, "train.workers": 0, "train.floor": False})
     if not divided.counts["val"]:

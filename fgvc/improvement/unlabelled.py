@@ -1,4 +1,4 @@
-"""More images, without labels: a teacher names them for its student. None that is a copy of one that chooses or judges."""
+"""Images without labels that a teacher labels for its student; none is a copy of an image that chooses or judges."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _joined(index: ImageIndex, paths: Sequence[str]) -> ImageIndex:
 
 
 def _strings(paths: Sequence[str]) -> np.ndarray:
-    """Raises FgvcError for a name that is not UTF-8."""
+    """Convert paths to numpy strings. Raises FgvcError for a name that is not UTF-8."""
     column = StringColumn()
     column.extend(paths)
     return column.array()

@@ -1,4 +1,4 @@
-"""The verdict: the new classifier against the deployed one, on the images that judge, which are read once."""
+"""Verdict on the new classifier against the deployed one, by the images that judge, which are read once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MOST = 1000.0  # times the images, beyond which no number of them is named
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What the images that judge say; shares in [0,1]."""
+    """Comparison of the two classifiers on the images that judge; shares in [0,1]."""
 
     better: bool
     failures: tuple[str, ...]  # of the gates
@@ -44,7 +44,7 @@ class Verdict:
         return asdict(self)
 
     def sentence(self, name: str) -> str:
-        """The verdict for people."""
+        """The verdict as a sentence."""
         moved = f"{100 * self.old:.1f} % to {100 * self.new:.1f} % on {self.images} images that it has not seen"
         interval = f"({100 * self.gain:+.1f} points, 95 % interval {100 * self.low:+.1f} to {100 * self.high:+.1f})"
         more = f" About {self.would_decide:,} images would show a gain of this size." if self.would_decide else ""
@@ -83,7 +83,7 @@ def judge(pair: Paired, gate: Gate, others: Mapping[str, NDArray[np.bool_]], *, 
 
 
 def _shown(wins: float, losses: float, images: float) -> bool:
-    """Whether so many repaired and broken images show a gain."""
+    """Whether these numbers of repaired and broken images show a gain."""
     return gain_interval(wins, losses, images)[0] > 0 and binomtest(round(wins), round(wins + losses)).pvalue < ALPHA
 
 
@@ -93,8 +93,8 @@ def least_gain(images: int) -> float:
 
 
 def images_that_would_decide(pair: Paired) -> int | None:
-    """How many images, with flips in these shares, would show the gain; None: it is not above 0, or is so small that MOST times
-    as many would not."""
+    """Number of images that would show the gain, with flips in these shares; None: the gain is not above 0, or MOST times as many
+    images would not do."""
     wins, losses, images = int(pair.positive.sum()), int(pair.negative.sum()), pair.images
 
     def shown(times: float) -> bool:
@@ -110,4 +110,5 @@ def images_that_would_decide(pair: Paired) -> int | None:
 
 
 def read_verdict(stored: Mapping[str, Any]) -> Verdict:
+    """The verdict from its record in JSON."""
     return Verdict(**{**stored, "failures": tuple(stored["failures"])})

@@ -1,4 +1,4 @@
-"""What is said while an improvement goes on: a line for each step, and on a terminal a live table of what runs."""
+"""Progress of an improvement: a line for each step, and on a terminal a live table of the running processes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ EVERY = 60.0  # seconds between two lines where there is no terminal
 
 
 class View:
-    """Writes lines to stderr and to `improve.log`, and shows what runs."""
+    """Writes progress lines to stderr and to `improve.log`, and shows the running processes."""
 
     def __init__(self, out: Path, clock: Clock) -> None:
         self._out, self._clock = out, clock
@@ -46,7 +46,7 @@ class View:
             self._live.stop()
 
     def say(self, text: str) -> None:
-        """One line."""
+        """Write one line."""
         self._console.print(text, markup=False, soft_wrap=True)
         append(self._out / "improve.log", json.dumps({"seconds": round(self._clock.seconds), "line": text}).encode())
 
@@ -75,7 +75,7 @@ class View:
             self._live.start()
 
     def tick(self, running: Sequence[Job]) -> None:
-        """Show what runs; on a terminal at once, else as a line a minute."""
+        """Update the display of the running processes; without a terminal it is a line a minute."""
         self._clock.tick()
         if self._ladder is None:
             return
@@ -94,7 +94,7 @@ class View:
             print(f"{head}: {', '.join(states)}", file=self._console.file, flush=True)
 
     def _state(self, job: Job) -> str:
-        """How far a run is."""
+        """Progress of a run, in words."""
         assert self._ladder is not None
         ladder = self._ladder
         rung = next((rung for rung in ladder.plan.rungs if job.name in ladder.runs(rung)), None)

@@ -46,7 +46,7 @@ PATIENCE = 60.0  # seconds that an earlier command's process has to save and end
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
-    """What a rung costs here, one thread a process as it will run."""
+    """Measured costs of a rung on this machine, with one thread a process as it will run."""
 
     start: float  # seconds until it is ready to train: images, net
     step: float  # seconds of a step, with the loading of its images
@@ -88,7 +88,7 @@ def _weights_bytes(module: nn.Module) -> int:
 
 
 def _look(session: Session, net: nn.Module, spec: Preprocess) -> float:
-    """Seconds of an image in evaluation, with its loading."""
+    """Seconds of one image in evaluation, with its loading."""
     rows = session.index.rows("train")[: 2 * session.batch]
     began = time.monotonic()
     with torch.inference_mode():
@@ -134,7 +134,7 @@ def _wait_for(run: Path) -> None:
 
 
 def _begin(order: dict[str, Any]) -> int:
-    """Fork a process for an order; returns its number."""
+    """Fork a process that carries out an order; returns its number."""
     sys.stdout.flush()
     if pid := os.fork():
         return pid
@@ -155,7 +155,7 @@ def _begin(order: dict[str, Any]) -> int:
 
 
 def serve() -> None:
-    """Obey orders until there are no more."""
+    """Carry out orders, one JSON object a line on standard input, until that is closed and all processes have ended."""
     running: dict[int, str] = {}
     pending, open_ = b"", True
     while open_ or running:

@@ -1,4 +1,4 @@
-"""How results show themselves: one line where they are printed, a table or a picture in a notebook."""
+"""Display of results: one line where they are printed, a table or a picture in a notebook."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Display:
 
     @property
     def facts(self) -> Mapping[str, object]:
-        """Name and value of what it is, in a few words each; an empty name where the value says it all."""
+        """Names and values of the result in a few words each; an empty name where the value needs none."""
         raise NotImplementedError
 
     def __repr__(self) -> str:

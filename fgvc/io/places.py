@@ -1,4 +1,4 @@
-"""What lies at a path, for messages to those who gave it to a verb that is for something else."""
+"""Recognition of what lies at a path, for messages where a verb was given something else."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ def is_run_folder(names: set[str]) -> bool:
 
 
 def is_data(path: Path) -> bool:
-    """Whether a path is one of images to learn from: a folder that is neither a run nor a bundle, or a table."""
+    """Whether a path holds images to learn from: a folder that is neither a run nor a bundle, or a table."""
     if path.is_dir():
         return not _is_run(path) and not _is_bundle(path)
     return path.is_file() and path.suffix.lower() in TABLES
 
 
 def what_it_is(path: Path) -> str:
-    """What a path is that was taken for something else, and the verbs that are for it: a sentence's end that begins with `; `, or
-    nothing where it is nothing that fgvc knows."""
+    """Say what lies at a path, and which verbs take it: the end of a sentence, which begins with `; `. Empty where fgvc does not
+    know it."""
     described = _described(path)
     return f"; {described}" if described else ""
 

@@ -44,7 +44,7 @@ def bars(console: Console | None = None) -> Iterator[Progress | None]:
 
 @contextmanager
 def ticking() -> Iterator[Tick]:
-    """A function that shows how far the work is, called as often as one likes."""
+    """Make a function that shows the progress of the work; it may be called as often as one likes."""
     with bars() as display:
         if display is None:
             yield _Lines().tick
@@ -57,7 +57,7 @@ def ticking() -> Iterator[Tick]:
 
 
 def track(items: Iterable[T], what: str, total: int, *, size: Callable[[T], int] = lambda item: 1) -> Iterator[T]:
-    """The items, while it is shown how far they are; `size`: of one of them, in units of `total`."""
+    """Yield the items, and show the progress; `size`: of one of them, in units of `total`."""
     with ticking() as tick:
         tick(what, 0, total)
         done = 0

@@ -1,5 +1,4 @@
-"""Protocol buffers on the wire, without their library: where the fields of a message lie
-(https://protobuf.dev/programming-guides/encoding)."""
+"""Parsing of serialised protocol buffers, without their library: where the fields of a message lie."""
 
 from __future__ import annotations
 

@@ -165,6 +165,6 @@ def evaluating(net: nn.Module) -> Iterator[None]:
 
 
 def _noise_like(values: Tensor) -> Tensor:
-    """Two rows of fixed noise in [0,1), shaped as rows of `values`."""
+    """Make two rows of fixed noise in [0,1), shaped as rows of `values`."""
     rng = torch.Generator().manual_seed(0)
     return torch.rand(2, *values.shape[1:], generator=rng).to(values)

@@ -1,4 +1,4 @@
-"""What a net has, one of timm's or that of a deployed file: all that techniques, training and class maps ask of it."""
+"""The interface of a classifier, timm's or that of a deployed file: all that techniques, training and class maps use of it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Classifier(Protocol):
         ...
 
     def group_matcher(self, coarse: bool = False) -> Any:
-        """How deep each parameter lies, for layer decay: see `timm.models.group_parameters`."""
+        """Depth of each parameter, for layer decay: see `timm.models.group_parameters`."""
         ...
 
     def set_grad_checkpointing(self, enable: bool = True) -> None: ...

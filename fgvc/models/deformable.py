@@ -85,7 +85,7 @@ def offsets(net: nn.Module) -> frozenset[str]:
 
 
 def _with_offsets(state: Mapping[str, Tensor], net: nn.Module) -> dict[str, Tensor]:
-    """`state` with the net's present offsets if it has none; timm calls this when it loads weights."""
+    """Add the net's present offsets to `state` if it has none; timm calls this when it loads weights."""
     present = net.state_dict()
     return {key: present[key] for key in offsets(net)} | dict(state)
 

@@ -21,7 +21,8 @@ class FeatureNet(nn.Module):
     """
 
     def __init__(self, net: nn.Module, inside: nn.Module | None = None) -> None:
-        """`inside`: the module of the net whose output is the feature map; None: the last features."""
+        """Insert the identity module. `inside`: the module of the net whose output is the feature map; None: the last
+        features."""
         super().__init__()
         self.net: Any = net
         self.inside, self.features = inside, nn.Identity()

@@ -34,7 +34,7 @@ class Criterion(nn.Module):
         gamma: float = 2.0,
         class_weights: Tensor | None = None,
     ) -> None:
-        """`class_weights`: (K,), or None for 1 each."""
+        """Take the settings of the loss. `class_weights`: (K,), or None for 1 each."""
         super().__init__()
         self.kind, self.label_smoothing, self.gamma = kind, label_smoothing, gamma
         self.register_buffer("class_weights", class_weights, persistent=False)

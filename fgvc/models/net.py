@@ -1,4 +1,4 @@
-"""The net that ships: one of timm's by name, or that of a deployed file. This is the one place that asks which."""
+"""The net that ships: one of timm's by name, or that of a deployed file. Only this module distinguishes the two."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ def load_weights(
 
 
 def stated_keys(deploy: Deploy) -> list[str]:
-    """Those of mean and std that a recipe states."""
+    """The keys, of mean and std, that a recipe states."""
     return [key for key in ("mean", "std") if getattr(deploy, key) is not None]
 
 

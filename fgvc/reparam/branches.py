@@ -20,6 +20,7 @@ def keeps_shape(conv: nn.Conv2d) -> bool:
 
 
 def is_depthwise(conv: nn.Conv2d) -> bool:
+    """Whether each channel of a convolution has its own kernel and nothing else: groups, inputs and outputs are as many."""
     return conv.groups == conv.in_channels == conv.out_channels
 
 

@@ -51,11 +51,11 @@ class ScaledConv2d(nn.Conv2d):
         return self._conv_forward(x, self.weight * self.scale, self.bias)
 
     @torch.no_grad()
-    def rescale(self, wanted: Tensor) -> None:
-        """Set the scale to the powers of two next to `wanted` (C',), and the weight so that the kernel stays, bit for bit.
-        Channels where that is impossible, or `wanted` is no number above 0, get a scale of 1."""
+    def rescale(self, target: Tensor) -> None:
+        """Set the scale to the powers of two next to `target` (C',), and the weight so that the kernel stays, bit for bit.
+        Channels where that is impossible, or `target` is no number above 0, get a scale of 1."""
         kernel = self.weight * self.scale
-        exponents = wanted.to(kernel.device, torch.float64).log2().round()
+        exponents = target.to(kernel.device, torch.float64).log2().round()
         usable = exponents.isfinite() & (exponents.abs() <= LARGEST_EXPONENT)
         scale = torch.where(usable, exponents, 0).exp2().to(kernel)[:, None, None, None]
         kept = ((kernel / scale) * scale == kernel).flatten(1).all(1)  # not where tiny values lose digits
@@ -141,8 +141,8 @@ def fit(net: nn.Module, batches: Iterable[Tensor], scales: Mapping[str, Tensor] 
     without a batch, and where an output is not finite."""
     convs = {name: module for name, module in net.named_modules() if isinstance(module, ScaledConv2d)}
     for name, spread in output_spreads(net, list(convs), batches).items():
-        known = (scale for key, scale in (scales or {}).items() if f"{name}.".startswith(key.removesuffix("weight")))
-        convs[name].rescale(next(known, spread.variance.sqrt()))
+        given_scales = (scale for key, scale in (scales or {}).items() if f"{name}.".startswith(key.removesuffix("weight")))
+        convs[name].rescale(next(given_scales, spread.variance.sqrt()))
         owner = net.get_submodule(name.rpartition(".")[0])
         if isinstance(owner, NormedConv2d):
             owner.restore(spread.mean, spread.variance)

@@ -27,7 +27,7 @@ STACK_PARTS = {"preprocess": "its preprocessing", "labels": "the order of its la
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """One figure of a bundle's contract, and its limit."""
+    """One figure of a bundle's contract, with its limit."""
 
     level: str
     what: str
@@ -96,7 +96,7 @@ class Certificate:
         ]
 
     def _file_facts(self, contract: Mapping[str, Any]) -> list[tuple[str, str]]:
-        """Of a bundle that was written into a deployed file."""
+        """Facts of a bundle that was written into a deployed file."""
         file, image = contract["file"], contract["input"]
         size = " × ".join(str(side) for side in image["size"])
         return [
@@ -110,7 +110,7 @@ class Certificate:
 
     @property
     def _drop_in(self) -> list[tuple[str, str]]:
-        """Whether it was proved to be a drop-in for the deployed file; empty where none was compared."""
+        """Rows on the proof that it is a drop-in for the deployed file; empty where none was compared."""
         if not self.bundle.contract.get("against"):
             return []
         deployed = self.bundle.contract.get("deployed") or {}  # older bundles say nothing

@@ -100,7 +100,7 @@ class RunChapter:
 
     @property
     def judged(self) -> str:
-        """Which images these are, where they are those that a deployed file was not trained on."""
+        """Description of the images where they are those that a deployed file was not trained on."""
         return judged(self.run.index, self.split, self.scores.images)
 
     @property

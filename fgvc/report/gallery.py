@@ -50,7 +50,7 @@ class ExplainedImage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
-    """Two classes that are taken for one another. `examples`: a picture of each from the training split, or None."""
+    """Two classes that are confused with one another. `examples`: a picture of each from the training split, or None."""
 
     classes: tuple[str, str]
     examples: tuple[str | None, str | None]
@@ -130,7 +130,7 @@ def _select(shots: Mapping[int, ExplainedImage], positions: Iterable[np.int64]) 
 
 
 def _most_probable(mask: np.ndarray, share: np.ndarray) -> np.ndarray:
-    """Up to MISTAKES positions where `which` holds, those of the largest share first."""
+    """Up to MISTAKES positions where `mask` holds, those of the largest share first."""
     positions = np.flatnonzero(mask)
     return positions[np.argsort(-share[positions], kind="stable")[:MISTAKES]]
 

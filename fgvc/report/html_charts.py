@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties
 from matplotlib.ticker import MaxNLocator
 
 from fgvc.evaluation.calibration import BINS, Calibrated, Reliability
+from fgvc.evaluation.png_plots import draw_reliability, draw_risk, font_of
 from fgvc.images.lettering import writable
 from fgvc.report.render import chart
 from fgvc.runs.history import History
@@ -83,8 +82,7 @@ def calibration_charts(calibrated: Calibrated) -> list[Chart]:
         about = f"by {calibrated.source}; measured on images that it was not fitted on"
         charts.append(_reliability("Calibrated", calibrated.after, about))
     figure, axes = _axes()
-    axes.plot(100 * calibrated.curve.coverage, 100 * calibrated.curve.risk, color=COLOURS[0])
-    axes.set(xlabel="answered, %, the surest first", ylabel="of these wrong, %", xlim=(0, 100), ylim=(0, None))
+    draw_risk(axes, calibrated.curve)
     about = f"Area {100 * calibrated.curve.area:.2f} %: the less, the better its confidence tells right from wrong."
     return [*charts, _finish((figure, axes), "Risk and coverage", about, [])]
 
@@ -92,13 +90,7 @@ def calibration_charts(calibrated: Calibrated) -> list[Chart]:
 def _reliability(title: str, side: Reliability, about: str) -> Chart:
     figure = Figure(figsize=(SIZE[0], 4.2), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    upper.plot([0, 1], [0, 1], color="#999999", linewidth=1, linestyle="--")
-    middle = (np.arange(BINS) + 0.5) / BINS
-    upper.bar(middle, side.accuracy, 0.9 / BINS, color=COLOURS[0], alpha=0.35)
-    upper.plot(side.confidence, side.accuracy, ".", color=COLOURS[0])
-    lower.bar(middle, side.images / max(side.images.sum(), 1), 0.9 / BINS, color="#999999")
-    upper.set(xlim=(0, 1), ylim=(0, 1), ylabel="share that is right")
-    lower.set(xlabel="confidence", ylabel="of images")
+    upper.legend(handles=draw_reliability(upper, lower, side), loc="upper left", frameon=False)
     for axes in (upper, lower):
         _style_axes(axes)
     below = f"{BINS} bins, {about}. Error {100 * side.ece:.2f} %. Below the dashed line: more confident than right."
@@ -135,7 +127,7 @@ def _finish(figure: tuple[Figure, Axes], title: str, about: str, names: Sequence
     if axes.get_xlabel() == "epoch":
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if axes.get_legend_handles_labels()[1]:
-        axes.legend(frameon=False, prop=_font(names))
+        axes.legend(frameon=False, prop=font_of(names, size=8))
     return Chart(title, chart(figure[0]), about)
 
 
@@ -143,7 +135,3 @@ def _style_axes(axes: Axes) -> None:
     axes.grid(color="#e5e5e5", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def _font(names: Sequence[str]) -> FontProperties:
-    return FontProperties(fname=str(writable(names)[1].path), size=8)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from fgvc.errors import FgvcError
+from fgvc.evaluation.localize import MAPS
 from fgvc.runs.loaded import LoadedRun
 
-COLUMNS = ("true class's map", "predicted class's", "middle", "chance")
-MAPS = ("true", "predicted", "centre")  # the first three of these
+COLUMNS = ("true class's map", "predicted class's", "middle", "chance")  # those of MAPS, and chance
 MEASURES = {
     "gt_known_loc": "GT-known Loc", "top1_loc": "Top-1 Loc",
     "iou": "mean IoU", "giou": "mean GIoU", "diou": "mean DIoU", "ciou": "mean CIoU",

@@ -275,6 +275,7 @@ def logged_finished(out: Path) -> bool:
 
 
 def is_run(folder: Path) -> bool:
+    """Whether a folder holds a run: it has a config.yaml."""
     return (folder / "config.yaml").is_file()
 
 

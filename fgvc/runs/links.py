@@ -60,5 +60,6 @@ def resolved(link: Path) -> Path:
 
 
 def free_path(folder: Path, name: str) -> Path:
+    """The first of NAME, NAME.1, NAME.2, ... that does not exist in a folder."""
     names = chain([name], (f"{name}.{number}" for number in count(1)))
     return next(folder / name for name in names if not os.path.lexists(folder / name))

@@ -26,7 +26,7 @@ def default_folder(name: str, recipe: Recipe, *, anew: bool = False) -> tuple[Pa
 
 
 def _taken(folder: Path, recipe: Recipe, *, anew: bool) -> str:
-    """Why a run of this recipe can't be in a folder; empty where it can."""
+    """Reason why a run of this recipe can't be in a folder; empty where it can."""
     if is_run(folder):
         if anew:
             return "holds a run"

@@ -25,7 +25,7 @@ from fgvc.models.loss import cross_entropy
 from fgvc.models.norms import batch_statistics, momenta, running_norms
 from fgvc.models.target import Target
 from fgvc.rng import STEP, generator
-from fgvc.techniques.api import Batch, Draws, Output, Technique, View, overrides
+from fgvc.techniques.api import MAIN, Batch, Draws, Output, Technique, View, overrides
 from fgvc.techniques.checks import (
     NetParts,
     Outputs,
@@ -41,8 +41,6 @@ from fgvc.techniques.checks import (
 from fgvc.techniques.plan import Attachments, Context, Plan, context_of
 from fgvc.techniques.settings import FEATURES
 from fgvc.techniques.teacher import Teacher
-
-MAIN = "main"
 
 
 class StepModule(nn.Module):

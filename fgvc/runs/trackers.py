@@ -74,7 +74,7 @@ class Trackers:
     """The trackers of a run; none of them where there is nothing to watch, as on other ranks than the first."""
 
     def __init__(self, say: Say, otherwise: str = "the run goes on without it") -> None:
-        """`otherwise`: the end of the message about a tracker that fails."""
+        """Open no tracker yet. `otherwise`: the end of the message about a tracker that fails."""
         self.say, self.otherwise = say, otherwise
         self._open: dict[str, Tracker] = {}
 
@@ -320,8 +320,8 @@ def _remember(run: Path, kind: str, record: Mapping[str, Any]) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what these packages tell of themselves: warnings, lines of a new database; MLflow's usage reports; its minutes of
-    trying again where there is no server."""
+    """Silence these packages in the block: warnings, lines of a new database; MLflow's usage reports; its minutes of trying again
+    where there is no server."""
     defaults = {
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",

@@ -1,4 +1,4 @@
-"""What a run's validation answered, by its checkpoints."""
+"""Validation answers of a run, by its checkpoints."""
 
 from __future__ import annotations
 

@@ -73,14 +73,12 @@ class Bundle(Display):
         """
         self.folder = Path(folder)
         self.files = _checked_files(self.folder)
-        labels = read_json(self.folder / "labels.json", list)
+        file = self.folder / "labels.json"
+        labels = class_names(read_json(file, list), str(file), path=file, expected="a list of class names")
         contract = read_json(self.folder / "contract.json", dict)
-        if not labels or not all(isinstance(label, str) for label in labels):
-            raise FgvcError(f"{self.folder / 'labels.json'}: expected a list of class names")
-        refuse_breaking(labels, where=self.folder / "labels.json")
         if contract.get("num_classes") != len(labels):
-            raise FgvcError(f"{self.folder / 'labels.json'}: {len(labels)} names for {contract.get('num_classes')} classes")
-        self.labels, self.contract = tuple(labels), contract
+            raise FgvcError(f"{file}: {len(labels)} names for {contract.get('num_classes')} classes")
+        self.labels, self.contract = labels, contract
         self.preprocess = read_preprocess(self.folder / "preprocess.json")
         self.metrics = read_json(self.folder / "metrics.json", dict)
         self._engines: dict[Variant, Engine] = {}
@@ -119,8 +117,8 @@ class Bundle(Display):
         return predict(self._engines[variant], images, top_k=top_k)
 
     def explain(self, images: Pictures, *, target: str | None = None) -> Results[ExplainedPicture]:
-        """Where it looks in pictures, by the class activation maps of its `explain.onnx`: those of the class `target`, by default
-        of the one that each picture is taken for. Raises FgvcError where it has none."""
+        """Compute class activation maps of pictures by the bundle's `explain.onnx`: those of the class `target`, by default of
+        the predicted one. Raises FgvcError where the bundle has none."""
         from fgvc.runtime.explain import load_explainer
         from fgvc.runtime.explained import explain_pictures
 
@@ -254,8 +252,8 @@ def read_judge(folder: Path, labels: Sequence[str] | None = None) -> dict[str, A
     """The images that judge a bundle. Raises FgvcError where they are not those of a bundle, of classes of `labels`."""
     tree = read_json(folder / JUDGE, dict)
     images = tree.get("images")
-    known = isinstance(images, dict) and (labels is None or set(images.values()) <= set(labels))
-    if not isinstance(tree.get("unseen"), str) or not known:
+    are_classes = isinstance(images, dict) and (labels is None or set(images.values()) <= set(labels))
+    if not isinstance(tree.get("unseen"), str) or not are_classes:
         raise FgvcError(f"{folder / JUDGE}: expected paths of images with classes of this bundle; export the bundle again")
     return tree
 
@@ -323,11 +321,16 @@ def read_labels(path: Path) -> tuple[str, ...]:
     return class_names(names, str(path), path=path)
 
 
-def class_names(names: Sequence[Any], source: str, *, path: Path, form: str = "") -> tuple[str, ...]:
-    """Check names of classes. `source`: what has them, for messages; `form`: in which form they are expected. Raises FgvcError
-    where they are none, one is given twice, or breaks a line."""
+def class_names(
+    names: Sequence[Any], source: str, *, path: Path, expected: str = "the names of the classes"
+) -> tuple[str, ...]:
+    """Check names of classes, and return them as a tuple.
+
+    `source` (what has the names) and `expected` are for messages. Raises FgvcError where there are no names, one is no text, is
+    given twice, or would break a line of a table.
+    """
     if not names or not all(isinstance(name, str) for name in names):
-        raise FgvcError(f"{source}: expected the names of the classes{form}")
+        raise FgvcError(f"{source}: expected {expected}")
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise FgvcError(f"{source}: expected the names of the classes, each once; given twice: {', '.join(twice[:5])}")
     refuse_breaking(names, where=path)

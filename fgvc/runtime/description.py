@@ -62,7 +62,7 @@ class Description:
 
     @property
     def record(self) -> NetworkFile:
-        """What a bundle's preprocess.json says of it."""
+        """The description as a bundle's preprocess.json has it."""
         return NetworkFile(
             input=self.input, layout=self.layout, dtype=self.dtype, in_graph=self.in_graph, output=self.output, ending=self.ending
         )  # fmt: skip
@@ -131,8 +131,8 @@ def _image(where: str, graph: OnnxGraph) -> Port:
 
 
 def _layout(where: str, graph: OnnxGraph, image: Port) -> Layout:
-    """By the axis of three; where the file declares both or neither so, by a Transpose before the first layer, which in ONNX
-    takes channels first."""
+    """Layout of the input: by the axis of three; where the file declares both or neither so, by a Transpose before the first
+    layer, which in ONNX takes channels first."""
     assert image.shape is not None
     second, last = (image.shape[axis] in (3, None) for axis in (1, 3))
     if not second and not last:
@@ -163,7 +163,8 @@ class _Constants:
         self._makers = {name: node for node in graph.nodes for name in node.outputs}
 
     def values(self, name: str) -> NDArray[Any] | None:
-        """All numbers of a constant in a row, through what moves numbers alone; None where it is none, or large."""
+        """All numbers of a constant as a flat array, through operators that only move numbers; None where it is none, or
+        large."""
         for _ in range(20):
             if name in self._graph.constants:
                 return self._graph.constants[name].reshape(-1)
@@ -180,8 +181,8 @@ class _Constants:
 
 
 class _Start:
-    """What the graph does to the pixels before its first layer. x is scale * pixel + shift, a channel each, in the order of the
-    input's channels."""
+    """Preprocessing at the start of the graph, before its first layer: the affine function scale * pixel + shift, by channel, in
+    the order of the input's channels."""
 
     def __init__(self) -> None:
         self.words: list[str] = []
@@ -231,8 +232,8 @@ def _start(graph: OnnxGraph, value: str, layout: Layout, constants: _Constants) 
 def _step(
     graph: OnnxGraph, node: Node, value: str, axis: int, constants: _Constants, start: _Start
 ) -> tuple[str | None, int]:
-    """One node of the start, in words ("": nothing that a caller needs to know; None: the start is over), and the axis of
-    channels behind it."""
+    """Read one node of the graph's start. Returns its description ("": nothing that a caller needs to know; None: the start is
+    over), and the axis of channels behind it."""
     attributes, others = node.attributes, [name for name in node.inputs if name and name != value]
     if node.domain:
         return None, axis
@@ -313,13 +314,13 @@ def _swaps(node: Node, axis: int, constants: _Constants) -> bool:
     )  # fmt: skip
 
 
-def _output(where: str, graph: OnnxGraph, wanted: str | None, classes: int | None) -> Port:
+def _output(where: str, graph: OnnxGraph, name_given: str | None, classes: int | None) -> Port:
     """The output with the classes: the named one, the only one, or else the only one that may be (batch, classes)."""
     names = [port.name for port in graph.outputs]
-    if wanted is not None:
-        if wanted not in names:
-            raise FgvcError(f"{where}: has no output {wanted!r}; it has {', '.join(names)}")
-        return graph.outputs[names.index(wanted)]
+    if name_given is not None:
+        if name_given not in names:
+            raise FgvcError(f"{where}: has no output {name_given!r}; it has {', '.join(names)}")
+        return graph.outputs[names.index(name_given)]
     if not graph.outputs:
         raise FgvcError(f"{where}: has no output")
     if len(names) == 1:

@@ -31,7 +31,7 @@ NONE = "none of these"  # shown for an image whose best class is less probable t
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """One class that an image may be of."""
+    """A class with its probability."""
 
     label: str
     index: int
@@ -54,7 +54,7 @@ class Answer(Display):
 
     @property
     def probability(self) -> float:
-        """Of the most probable class."""
+        """Probability of the most probable class."""
         return self.predictions[0].probability
 
     @property
@@ -108,7 +108,8 @@ class OnnxSession:
         self.shape: tuple[int | None, ...] = (self.file.batch, 3, self.file.height, self.file.width)
 
     def infer(self, fed: np.ndarray) -> list[np.ndarray]:
-        """All outputs as the file gives them, that with the classes first, for what `feed` gives, row by row."""
+        """Run the file on `fed`, as `feed` makes it. Returns all outputs as the file gives them, that with the classes first, row
+        by row."""
         fixed = self.file.batch
         if fixed is None:
             return self._session.run(self.outputs, {self.input: fed})
@@ -120,7 +121,8 @@ class OnnxSession:
         return [np.concatenate(outputs) for outputs in zip(*pieces, strict=True)]
 
     def scores(self, x: np.ndarray) -> np.ndarray:
-        """What the file says of the classes for x (B,3,H,W) float32, (B,K) float64: logits, or probabilities where it ends so."""
+        """The file's output for the classes, (B,K) float64, for x (B,3,H,W) float32: logits, or probabilities where it ends with
+        these."""
         return self.infer(feed(x, self.file))[0].reshape(len(x), -1).astype(np.float64)
 
     def run(self, x: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -137,7 +139,7 @@ class OnnxSession:
 
 
 def feed(x: np.ndarray, file: Description) -> np.ndarray:
-    """What a file takes for images x (B,3,H,W) float32: in its layout and of its type; as bytes they are rounded."""
+    """Convert images x (B,3,H,W) float32 to the input of a file: its layout and type; for bytes they are rounded."""
     images = x if file.layout == "NCHW" else np.moveaxis(x, 1, 3)
     if file.dtype == "uint8":
         images = np.rint(images).clip(0, 255)

@@ -127,6 +127,7 @@ def load_explainer(bundle: Bundle) -> BundleExplainer:
 
 
 def is_bundle(folder: Path) -> bool:
+    """Whether a folder holds a bundle: it has a manifest."""
     return (folder / MANIFEST).is_file()
 
 
@@ -324,6 +325,7 @@ def explain_crops(explainer: Explainer, crops: Sequence[Pixels], label: int | No
 
 
 def position(explainer: Explainer, name: str) -> int:
+    """Number of the class `name`. Raises FgvcError, with the nearest names, where the explainer has no such class."""
     if name not in explainer.labels:
         near = nearest(name, explainer.labels, 3)
         raise FgvcError(

@@ -1,4 +1,4 @@
-"""Names of the classes of a deployed .onnx file: as it says itself, or as files beside it say. Imports no torch and no onnx."""
+"""Names of the classes of a deployed .onnx file: from its own metadata, or from files beside it. Imports no torch and no onnx."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ class Labels:
 
 
 def labels_of(path: Path) -> Labels | None:
-    """The labels of an .onnx file: of its metadata_props (KEYS), else of a file beside it (BESIDE, CONFIG); None: nothing says.
+    """Read the labels of an .onnx file: from its metadata_props (KEYS), else from a file beside it (BESIDE, CONFIG); None: there
+    are none.
 
     Raises FgvcError where these are no names of classes, or one is given twice."""
     metadata = read_metadata(path)
@@ -74,7 +75,7 @@ def _parsed(text: str) -> list[Any] | tuple[Any, ...] | dict[Any, Any]:
 
 
 def _checked(value: Any, source: str, path: Path) -> tuple[str, ...]:
-    """Names from a list, or from a mapping of the numbers 0 ... K-1 to them."""
+    """Check names in a list, or in a mapping from the numbers 0 ... K-1."""
     names: Sequence[Any] = value if isinstance(value, list | tuple) else ()
     if isinstance(value, dict):
         try:
@@ -83,4 +84,4 @@ def _checked(value: Any, source: str, path: Path) -> tuple[str, ...]:
             numbered = {}
         if sorted(numbered) == list(range(len(value))):
             names = [numbered[number] for number in range(len(value))]
-    return class_names(names, source, path=path, form=", as a list or by their numbers from 0 on")
+    return class_names(names, source, path=path, expected="the names of the classes, as a list or by their numbers from 0 on")

@@ -1,4 +1,4 @@
-"""The graph of an ONNX file, as far as its ends are to be understood: nodes, small constants, inputs and outputs.
+"""Parsing of an ONNX file's graph, as far as its ends are needed: nodes, small constants, inputs and outputs.
 
 Read from the file's own bytes, since what runs in production has onnxruntime and no onnx, and onnxruntime tells nothing of a
 graph but its inputs and outputs. Numbers of fields are those of onnx.proto (https://github.com/onnx/onnx/blob/main/onnx/onnx.proto).
@@ -38,7 +38,7 @@ class Port:
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """One operation."""
+    """An operator of the graph."""
 
     op: str
     domain: str  # "" for ai.onnx
@@ -49,7 +49,7 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class OnnxGraph:
-    """A file's graph; calls of its own functions are replaced by what they do."""
+    """A file's graph; calls of its own functions are replaced by their bodies."""
 
     nodes: tuple[Node, ...]
     constants: Mapping[str, NDArray[Any]]  # initializers of at most LARGEST values that lie in the file

@@ -48,7 +48,7 @@ class Metrics:
 
 
 class _State(Collector):
-    """Collector of the state of models and admission at the moment of a scrape."""
+    """Collector of the present state of models and admission, read at each scrape."""
 
     def __init__(self, models: ModelRegistry, admission: Admission) -> None:
         self._models, self._admission = models, admission

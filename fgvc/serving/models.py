@@ -39,7 +39,7 @@ class LoadedModel:
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """Of one image, in the layout of the file."""
+        """Shape of one image, in the layout of the file."""
         height, width = self.engine.bundle.preprocess.size
         return (3, height, width) if self.engine.session.file.layout == "NCHW" else (height, width, 3)
 

@@ -40,10 +40,12 @@ class InferenceRequest:
 
 
 def server_metadata() -> dict[str, Any]:
+    """Metadata of the server, as the protocol's `/v2` gives them."""
     return {"name": "fgvc", "version": version("fgvc"), "extensions": ["binary_tensor_data", "model_repository"]}
 
 
 def model_metadata(served: LoadedModel) -> dict[str, Any]:
+    """Metadata of a model, as the protocol's `/v2/models/NAME` gives them: its inputs and outputs, -1 for the batch."""
     session = served.engine.session
     datatype = TYPES[session.file.dtype]
     return {
@@ -165,8 +167,8 @@ def _shape(shape: Any, served: LoadedModel, batch: int) -> tuple[int, ...]:
         or tuple(shape[1:]) != expected
         or not 1 <= shape[0] <= batch
     ):
-        wanted = ",".join(map(str, expected))
-        raise Refusal(400, f"expected the shape [B,{wanted}] with B from 1 to {batch}")
+        sizes = ",".join(map(str, expected))
+        raise Refusal(400, f"expected the shape [B,{sizes}] with B from 1 to {batch}")
     return tuple(shape)
 
 

@@ -25,7 +25,7 @@ SAME_MACS, SAME_SECONDS = 1.05, 1.25  # times the deployed net's cost that count
 
 @dataclass(frozen=True, slots=True)
 class Limitation:
-    """Something that may limit the accuracy, and whether it does."""
+    """A possible limit of the accuracy, and whether it applies."""
 
     what: str  # images, resolution, start or ceiling
     limiting: bool | None  # None: not tried
@@ -143,6 +143,7 @@ def _ceiling(best: Result) -> list[Limitation]:
 
 
 def points(gain: Share) -> str:
+    """Text of a gain in points with its 95 % interval."""
     return f"{100 * gain.value:+.1f} points (95 %: {100 * gain.low:+.1f} to {100 * gain.high:+.1f})"
 
 

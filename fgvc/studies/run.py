@@ -56,7 +56,7 @@ def estimate(plan: Plan, out: Path, *, arms: Sequence[str] = (), seeds: Sequence
 
     Raises FgvcError where results are there of other settings, or the base can't be trained.
     """
-    is_wanted = _cell_filter(plan, arms, seeds)
+    is_selected = _cell_filter(plan, arms, seeds)
     index, split = read_index(plan.base.recipe), _scored(plan)
     _make_folder(plan, out)
     _rows(plan, out)  # are of these settings
@@ -65,7 +65,7 @@ def estimate(plan: Plan, out: Path, *, arms: Sequence[str] = (), seeds: Sequence
     refused = [Failure(name, str(error)) for name, error in results.items() if isinstance(error, FgvcError)]
     costs = {name: cost for name, cost in results.items() if isinstance(cost, Cost)}
     epochs = epochs_by_budget(plan, costs)
-    requested = [cell for cell in cells(plan, epochs) if cell.trial.name in costs and is_wanted(cell)]
+    requested = [cell for cell in cells(plan, epochs) if cell.trial.name in costs and is_selected(cell)]
     localises = plan.study.localise and index.boxes is not None
     left = [cell for cell in requested if not _has_result(out, cell, split, localises=localises)]
     shown_epochs = {
@@ -268,11 +268,11 @@ def _cell_filter(plan: Plan, arms: Sequence[str], seeds: Sequence[int]) -> Calla
     if unknown_seeds := [seed for seed in seeds if seed not in plan.study.seeds]:
         raise FgvcError(f"--seed {unknown_seeds[0]}: the study has {', '.join(map(str, plan.study.seeds))}")
 
-    def wanted(cell: Cell) -> bool:
+    def is_selected(cell: Cell) -> bool:
         named = not arms or cell.trial.arm in arms or cell.trial.name in arms
         return named and (not seeds or cell.seed in seeds)
 
-    return wanted
+    return is_selected
 
 
 def _result(out: Path, cell: Cell, split: ScoredSplit) -> Path:

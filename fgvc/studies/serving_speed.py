@@ -44,7 +44,7 @@ CONNECTIONS = 400
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One measured figure, with its limit."""
+    """A measured figure, with its limit."""
 
     name: str
     value: float

@@ -259,6 +259,7 @@ def _over_floor(difference: Difference | None) -> tuple[str, str]:
 
 
 def points(interval: Interval | None) -> str:
+    """Text of an interval in points; empty for None."""
     return "" if interval is None else f"{100 * interval.low:+.1f} to {100 * interval.high:+.1f}"
 
 

@@ -61,9 +61,9 @@ class SmallerFile:
 
 
 def make_variants(
-    run: LoadedRun, proven: ProvedExport, session: OnnxSession, wanted: Variants, calibration: Calibration | None = None
+    run: LoadedRun, proven: ProvedExport, session: OnnxSession, variants: Variants, calibration: Calibration | None = None
 ) -> list[SmallerFile]:
-    """Make the wanted files, each compared with the float file (`session`) on the validation split, or on train where there is
+    """Make the smaller files, each compared with the float file (`session`) on the validation split, or on train where there is
     none.
 
     On up to 10,000 images; of validation with the calibration error that each has by the bundle's temperature; without those
@@ -71,21 +71,21 @@ def make_variants(
     logits that are no numbers, is not what the plain backbone becomes, or answers too differently.
     """
     files = []
-    if wanted.int8 is not None and not left_out(proven, wanted):
-        files.append((make_int8(*proven.plain, _calibration(run, wanted.int8.images), wanted.int8), INT8))
-    if wanted.fp16:
+    if variants.int8 is not None and not left_out(proven, variants):
+        files.append((make_int8(*proven.plain, _calibration(run, variants.int8.images), variants.int8), INT8))
+    if variants.fp16:
         files.append((make_fp16(*proven.plain), FP16))
     if not files:
         return []
     split: Split = "val" if len(run.index.rows("val")) else "train"
     float_answers = _answers(run, session, fitting_sample(run.rows(split), len(run.classes)))
-    return [_judge(run, file, float_answers, split, _limits(limits, wanted.agreement), calibration) for file, limits in files]
+    return [_judge(run, file, float_answers, split, _limits(limits, variants.agreement), calibration) for file, limits in files]
 
 
-def left_out(proven: ProvedExport, wanted: Variants) -> dict[str, str]:
+def left_out(proven: ProvedExport, variants: Variants) -> dict[str, str]:
     """Wanted files that the deployed opset does not allow, each with the reason."""
     opset = opset_of(proven.plain[0].proto)
-    if wanted.int8 is None or opset >= LOWEST_OPSET:
+    if variants.int8 is None or opset >= LOWEST_OPSET:
         return {}
     return {"model.int8.onnx": f"needs opset {LOWEST_OPSET} or newer, and model.onnx is of opset {opset}"}
 

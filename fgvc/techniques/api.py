@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Batch:
-    """One micro-batch's images on the device, after normalisation. `x` may be mixed; `x_clean` never is."""
+    """The images of one micro-batch on the device, after normalisation. `x` may be mixed; `x_clean` never is."""
 
     x: Tensor  # (B,3,H,W) float32
     target: Target
@@ -33,7 +33,7 @@ class Batch:
     index: Tensor  # (B,) int64: rows of the ImageIndex
     geometry: Tensor  # (B,2,3) float32: crop pixel -> original pixel
     render: Tensor | None = None  # (B,3,h,w) float32: x_clean as it was rendered, maybe larger (Plan.render)
-    boxes: Tensor | None = None  # (B,4) float32: x, y, width, height in original pixels, upright; NaN where there is none
+    boxes: Tensor | None = None  # (B,4) float32: left, top, right, bottom in the upright original; NaN where there is none
 
     @property
     def finest(self) -> Tensor:
@@ -110,7 +110,7 @@ class EpochStart:
 
 @dataclass(frozen=True, slots=True)
 class Draws:
-    """All that is random or scheduled in one step, fixed before the forward so that nothing depends on the order of calls:
+    """All random and scheduled values of one step, fixed before the forward so that nothing depends on the order of calls:
     recomputation under activation checkpointing and SAM's second pass read the same numbers."""
 
     progress: float  # share of the training that is done, in [0, 1)
@@ -196,6 +196,7 @@ class Technique:
         """Restore the state that `state_dict` returned."""
 
 
+MAIN = "main"  # name of the view of the batch itself
 HOOKS = tuple(name for name, value in vars(Technique).items() if callable(value) and not name.startswith("_"))
 
 

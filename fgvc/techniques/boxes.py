@@ -1,7 +1,7 @@
 """Boxes in a picture: drawing, testing pixels, cropping. All batched.
 
-A box is x1, y1, x2, y2 in pixels, as in torchvision: left, top, right, bottom, the right and bottom edge excluded. Sizes, centres
-and sides are (height, width) and (row, column), as in the shape of a tensor.
+A box is that of `fgvc.images.preprocess.Box`, and torchvision's x1, y1, x2, y2. Sizes, centres and sides are (height, width) and
+(row, column), as in the shape of a tensor.
 """
 
 from __future__ import annotations

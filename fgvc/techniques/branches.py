@@ -77,7 +77,7 @@ def _fits(name: str, patterns: Iterable[str]) -> bool:
 
 
 def _grouped(unchanged: dict[str, str]) -> list[str]:
-    """One line for each reason, with its first few names."""
+    """Group the reasons: one line for each, with its first few names."""
     by_reason: dict[str, list[str]] = {}
     for name, reason in unchanged.items():
         by_reason.setdefault(reason, []).append(name)

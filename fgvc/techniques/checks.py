@@ -112,14 +112,14 @@ def _parts(net: nn.Module) -> dict[tuple[str, str], object]:
 def require_added(kind: str, technique: Technique, trained: nn.Module, *, in_step: bool = False) -> None:
     """Raise FgvcError where a technique, or its class, keeps a weight that is none of the module `trained`, the net and its
     branches. `in_step`: a tensor that requires a gradient may be one of the step's own by then, such as a perturbation."""
-    known = {id(value) for value in chain(trained.parameters(), trained.buffers())}
+    trained_ids = {id(value) for value in chain(trained.parameters(), trained.buffers())}
     kept: dict[str, Any] = {}
     for base in reversed(type(technique).__mro__):
         kept |= {name: value for name, value in vars(base).items() if isinstance(value, nn.Module | Tensor | list | dict)}
     learns = nn.Parameter if in_step else Tensor
     attributes = (kept | vars(technique)).items()
     for name, tensor in chain.from_iterable(_weights(f"self.{name}", value, DEEPEST, learns) for name, value in attributes):
-        if id(tensor) not in known:
+        if id(tensor) not in trained_ids:
             raise FgvcError(
                 f"techniques.{kind}: {name} is kept in the technique, where it is not trained, moved or saved. Add its module by "
                 'plan.add("name", module) in setup, and call it by ctx.branches["name"]; one that is not to learn gets '

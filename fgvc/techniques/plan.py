@@ -30,7 +30,7 @@ Gate = Callable[[Tensor, "Context"], Tensor]
 
 @dataclass(slots=True)
 class Attachments:
-    """All that the techniques of a net attach to it: read by the step, stripped at export."""
+    """All that the techniques attach to a net: read by the step, stripped at export."""
 
     net: nn.Module
     size: tuple[int, int]
@@ -239,14 +239,14 @@ class Plan:
         """Render the crops at this many times the input's side or more: `Batch.render`."""
         self._attachments.render = max(self._attachments.render, scale)
 
-    def teachers(self, wanted: Sequence[AnyTeacher]) -> list[Teacher]:
+    def teachers(self, teacher_settings: Sequence[AnyTeacher]) -> list[Teacher]:
         """Open teachers; none where a trained net is only rebuilt, for which they may be gone.
 
         Raises FgvcError for one that is not there, or can't teach these classes.
         """
         opener = self._attachments.opener
         try:
-            teachers = [] if opener is None else [opener(settings, self._attachments) for settings in wanted]
+            teachers = [] if opener is None else [opener(settings, self._attachments) for settings in teacher_settings]
         except FgvcError as error:
             raise FgvcError(f"techniques.{self.kind}.teachers: {error}") from error
         self._attachments.teachers += teachers

@@ -1,4 +1,4 @@
-"""What a recipe leaves to a measurement, `train.batch_size: auto` and `train.precision: auto`, settled before a run begins."""
+"""Choice of what a recipe leaves `auto`, `train.batch_size` and `train.precision`, by a measurement before the run begins."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SHARE = 0.7  # of the free memory that a step may take
 
 @dataclass(frozen=True, slots=True)
 class Settled:
-    """A recipe without `auto`, and what was measured for it, a sentence each."""
+    """A recipe without `auto`, with a sentence on each measurement."""
 
     recipe: Recipe
     notes: tuple[str, ...] = ()
@@ -107,11 +107,12 @@ def precision_seconds(step: NoiseStep) -> dict[str, float]:
 
 
 def faster(seconds: dict[str, float]) -> str:
+    """The precision to train with, by the seconds of a step: bf16 where it is below FASTER times fp32."""
     return "bf16" if seconds.get("bf16", float("inf")) < FASTER * seconds["fp32"] else "fp32"
 
 
 def described(seconds: dict[str, float]) -> str:
-    """What was measured, in words."""
+    """Describe the measured seconds in words."""
     if "bf16" not in seconds:
         return "as bf16 can't be computed here"
     times = ", ".join(f"{name} {1000 * value:.0f} ms" for name, value in seconds.items())

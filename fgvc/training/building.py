@@ -1,4 +1,4 @@
-"""Parts of a run in training that need nothing of it but its recipe, its images and its net: teachers, starts, the optimizer."""
+"""Building of the parts of a run that need only its recipe, images and net: teachers, first weights, the optimizer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a technique may use before an epoch: class maps of the training images by the net as it is, and the run's facts."""
+"""Services for techniques before an epoch: class maps of the training images by the present net, and the run's facts."""
 
 from __future__ import annotations
 

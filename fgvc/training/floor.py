@@ -156,7 +156,7 @@ class FloorComparison:
 
     @property
     def facts(self) -> dict[str, float]:
-        """As of `standing`."""
+        """Top-1 of both and the gain, as `fgvc.evaluation.paired.standing` returns them."""
         return standing(self.pair)
 
     def lines(self, recipe: Recipe) -> list[str]:

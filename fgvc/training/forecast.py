@@ -53,7 +53,7 @@ class Forecast(Display):
 
     @property
     def seconds(self) -> float:
-        """From the command to the bundle."""
+        """Seconds of the whole, from the command to the bundle."""
         return sum(self.parts.values())
 
     @property
@@ -100,8 +100,8 @@ def forecast(recipe: Recipe) -> Forecast:
 
 
 def _parts(noise: NoiseStep, index: ImageIndex, *, steps: int, step: float, building: float) -> dict[str, float]:
-    """Seconds of a run's parts, by the seconds in which an image is read, augmented and answered. Loading processes work beside
-    the steps."""
+    """Seconds of a run's parts, from the seconds in which an image is read, augmented and evaluated. Loading processes work
+    beside the steps."""
     recipe, train = noise.recipe, noise.recipe.train
     read, augmented = _reading_seconds(noise, index)
     answer, beside = _answer_seconds(noise), max(train.workers, 1)

@@ -117,8 +117,8 @@ def interpolate(
 
 
 def right_by_share(folder: Path) -> dict[float, NDArray[np.bool_]]:
-    """Of each share that was scored: whether each validation image (N,) is named rightly; empty where none was, or `folder` is
-    no interpolated run."""
+    """Read, for each share that was scored, whether each validation image (N,) is named rightly; empty where none was, or
+    `folder` is no interpolated run."""
     if not (folder / INTERPOLATION).is_file():
         return {}
     scores = read_json(folder / INTERPOLATION, dict)["scores"]
@@ -201,7 +201,7 @@ def _best_share(scores: Mapping[float, metrics.Scores | None], by: str, folder: 
 
 
 def _write(interpolation: Interpolation, start: State, end: State, net: dict[str, Tensor], log: Log) -> None:
-    """A finished run with two checkpoints: the start, and the net by all other names."""
+    """Write a finished run with two checkpoints: the start, and the interpolated net under all other names."""
     at = interpolation.scores.get(interpolation.share)
     progress = replace(
         end.progress, finished=True, best=None if at is None else at.numbers()[interpolation.by], sums={}, counts={}

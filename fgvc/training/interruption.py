@@ -1,4 +1,4 @@
-"""What ends a run before its end: signals, after a checkpoint, and failures whose cause the user can mend."""
+"""Handling of what ends a run early: signals, after a checkpoint, and failures that the user can mend."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def interruptible() -> Iterator[threading.Event]:
 
 @contextmanager
 def advice_on_failure(recipe: Recipe, out: Path) -> Iterator[None]:
-    """Raise FgvcError, with a way out, for what ends a training from outside: a killed process, want of memory."""
+    """Raise FgvcError with advice for failures from outside the run: a killed process, lack of memory."""
     try:
         yield
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""Rows of the classifier for classes without training images: they stay as the weights have them.
+"""Freezing of the classifier's rows of classes without training images.
 
 Every step would push their logits down and their weights to zero, and so unlearn what the deployed net knows of them.
 """
@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 
 
 def keep_rows(optimizer: Optimizer, classifier: nn.Module, absent: Tensor) -> None:
-    """Have every step leave the rows `absent` (K,) bool of a linear layer, weight (K,D) and bias (K,), as they are now. Called
-    when the run begins or goes on, after all other hooks of the optimizer."""
+    """Freeze the rows `absent` (K,) bool of a linear layer, weight (K,D) and bias (K,): every step restores their present values.
+    Called when the run begins or goes on, after all other hooks of the optimizer."""
     rows = [(parameter, parameter.detach()[absent].clone()) for parameter in classifier.parameters()]
 
     @torch.no_grad()

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 
 def pull(optimizer: Optimizer, starts: Mapping[nn.Parameter, Tensor]) -> None:
-    """Have the optimizer's own weight decay draw these weights w to their starts w0.
+    """Make the optimizer's own weight decay draw the weights w to their starts w0.
 
     It steps on u = w - w0, whose gradient is that of w. So its decay of u, at the rate alpha of their group, is the gradient of
     the penalty alpha/2 |w - w0|^2 where it is a term of the gradient (sgd, momentum, adam: the paper's form, within the

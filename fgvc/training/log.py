@@ -129,6 +129,6 @@ class Events:
             print(f"step {step}/{total} {text}{self.left(step, total)}", file=sys.stderr, flush=True)
 
     def left(self, step: int, total: int) -> str:
-        """How long the rest takes at the pace of this session, validation and all, as the end of a sentence; empty at the end."""
+        """Remaining time at the pace of this session, validation included, as the end of a sentence; empty at the end."""
         done = step - self._first_step
         return f", {about((time.monotonic() - self._began) * (total - step) / done)} left" if done > 0 and step < total else ""

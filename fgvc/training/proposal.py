@@ -31,10 +31,10 @@ BACKBONES = (
 """Nets of increasing cost, and the training images from which their capacity is of use."""
 SIZES = (96, 128, 160, 192, 224)
 NEARLY = 1.05  # of a size is as good as the size
-LOOKED_AT = 64  # pictures whose size is looked at
+SIZE_SAMPLE = 64  # pictures whose size is read
 EPOCHS, FEWEST_EPOCHS = 12, 3  # those of any/plain, and what no time saves
 SHOWN = 60_000  # images in all epochs together: a large set has fewer of them
-SEEN = 5  # time constants of the average in a run
+TIME_CONSTANTS = 5  # of the moving average in a run
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +127,8 @@ def epochs_for(images: int) -> int:
 
 
 def decay_for(steps: int) -> float:
-    """Decay of the moving average whose time constant, 10 to 1000 steps, a run of so many is SEEN times as long as."""
-    return round(1 - 1 / min(1000, max(10, steps / SEEN)), 3)
+    """Decay of the moving average whose time constant, 10 to 1000 steps, a run of so many is TIME_CONSTANTS times as long as."""
+    return round(1 - 1 / min(1000, max(10, steps / TIME_CONSTANTS)), 3)
 
 
 def within_budget(costs: Forecast, *, size: int, epochs: int) -> tuple[dict[str, int], str]:
@@ -156,7 +156,7 @@ def _shorter_sides(index: ImageIndex) -> list[int]:
     if index.contents is not None:
         return []
     sides = []
-    for row in spread(np.arange(len(index)), LOOKED_AT):
+    for row in spread(np.arange(len(index)), SIZE_SAMPLE):
         try:
             with Image.open(index.path(int(row))) as picture:
                 sides.append(min(picture.size))

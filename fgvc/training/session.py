@@ -1,4 +1,4 @@
-"""The parts of a run in training, built from its recipe in one place, and their state, as a checkpoint holds it."""
+"""The parts of a run in training, built from its recipe in one place, and their state as a checkpoint holds it."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Predictions:
 
 @dataclass(slots=True)
 class Session:
-    """One process of one run in training: its net, data, optimizer and progress."""
+    """One process of a run in training: its net, data, optimizer and progress."""
 
     recipe: Recipe
     process: ProcessGroup
@@ -229,15 +229,15 @@ def _refuse_unvalidated(recipe: Recipe, index: ImageIndex) -> None:
     needing = {
         "select: best": recipe.select == "best", "train.refit": recipe.train.refit, "train.patience": recipe.train.patience,
     }  # fmt: skip
-    wanted = [setting for setting, given in needing.items() if given]
-    if len(index.rows("val")) or not wanted:
+    settings = [setting for setting, given in needing.items() if given]
+    if len(index.rows("val")) or not settings:
         return
     if index.unseen:
         raise NoUnseenImagesError(
-            f"{wanted[0]}: of fewer than {FEWEST_TO_CHOOSE} images that the deployed file has not seen none may choose, and "
+            f"{settings[0]}: of fewer than {FEWEST_TO_CHOOSE} images that the deployed file has not seen none may choose, and "
             "all judge; leave it out: the average of the weights ships at the end of the schedule"
         )
-    raise FgvcError(f"{wanted[0]} needs a validation split: give data.val_fraction a value above 0")
+    raise FgvcError(f"{settings[0]} needs a validation split: give data.val_fraction a value above 0")
 
 
 @contextmanager

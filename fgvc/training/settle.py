@@ -1,4 +1,4 @@
-"""What ships of a run that validation has scored: an epoch, its end or its start; and what is said where few images did."""
+"""Choice of the weights that ship after validation has scored a run: its best epoch, its end or its start."""
 
 from __future__ import annotations
 
@@ -16,18 +16,20 @@ from fgvc.runs.validated import named_rightly
 
 
 def chooses_epochs(recipe: Recipe, images: int) -> bool:
-    """Whether so many validation images choose among all epochs. With fewer than FEWEST_TO_CHOOSE the best of a dozen is the
-    luckiest, and the end of the schedule is better (docs/floor.md); `train.patience` and other scores than top-1 ask for it."""
+    """Whether this number of validation images is enough to choose the best epoch. With fewer than FEWEST_TO_CHOOSE the best of a
+    dozen is the luckiest, and the end of the schedule is better (docs/floor.md); `train.patience` and other scores than top-1 ask
+    for it."""
     return images >= FEWEST_TO_CHOOSE or recipe.select_by != "top1" or recipe.train.patience is not None
 
 
 def needs_margin(recipe: Recipe, images: int) -> bool:
-    """Whether an epoch ships only if so many validation images like it better than the start by more than one standard error."""
+    """Whether an epoch ships only if it is better than the start by more than one standard error, with this number of validation
+    images."""
     return images >= FEWEST_TO_CHOOSE and recipe.select_by == "top1"
 
 
 def few_words(images: int) -> list[str]:
-    """Words on validation images that are too few to rest on."""
+    """The remark that the validation images are few, as a list of one line; empty where they are enough, or none."""
     if not 0 < images < FEWEST:
         return []
     return [

@@ -1,5 +1,4 @@
-"""What is fitted to training images before the first step: heads of frozen nets, by logistic regression, and the scales and norms
-of convolutions that a deployed file has them folded into."""
+"""Fits to the training images before the first step, by logistic regression: heads of frozen nets, scales and norms."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The training loop. It reads top to bottom and has no `if technique`."""
+"""The training loop. It reads top to bottom, and no line of it depends on which techniques are on."""
 
 from __future__ import annotations
 

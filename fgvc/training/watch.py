@@ -42,7 +42,7 @@ class FiniteCheck:
         self.step.eval_logits.clear()
 
     def skipped(self, step: int, *, last: bool) -> str:
-        """Say why nothing is learnt under fp16 although all is finite: the scaler skips the steps; empty where that is not so.
+        """Reason why fp16 training learns nothing although all is finite: the scaler skips the steps; empty where it does not.
 
         Each skipped step halves its scale. It is at an end below LEAST_SCALE, where no gradient of use is left.
         """
@@ -70,7 +70,7 @@ class FiniteCheck:
 
 
 def state_tensors(state: State) -> dict[str, Tensor]:
-    """All tensors of a checkpoint by name."""
+    """All tensors of a checkpoint, by name."""
     parts = {"net": state.net, "branches": state.branches, "average": state.ema, **state.rest}
     return dict(_leaves("", parts))
 

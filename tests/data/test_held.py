@@ -19,7 +19,7 @@ from fgvc.evaluation.localize import annotations_in_input
 from fgvc.techniques.box_head.technique import in_crop
 
 STORED = {3: (60, 40), 4: (60, 40), 5: (40, 60), 6: (40, 60), 7: (40, 60), 8: (40, 60), 1: (60, 40), 2: (60, 40)}
-BOX = (12, 6, 20, 14)  # of the upright picture of 60 x 40
+BOX = (12, 6, 32, 20)  # of the upright picture of 60 x 40
 BACK = {1: None, 2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
         5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE,
         8: Image.Transpose.ROTATE_270}  # fmt: skip

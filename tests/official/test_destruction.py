@@ -11,10 +11,10 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fgvc.techniques.api import Output, View
+from fgvc.techniques.api import MAIN, Output, View
 from fgvc.techniques.dcl.jigsaw import cut, draw_jigsaws, places
 from fgvc.techniques.dcl.settings import DclSettings
-from fgvc.techniques.dcl.technique import DESTROYED, MAIN
+from fgvc.techniques.dcl.technique import DESTROYED
 from fgvc.techniques.plan import Context
 from fgvc.techniques.registry import build_technique
 from tests.official.conftest import Arrays

@@ -55,7 +55,7 @@ def run_step(data: Batch, model: nn.Module | None = None, **chosen: object) -> t
 
 
 # A stored image of 100 x 80 with a box at 20..60 across and 10..30 down.
-BOX = [20.0, 10.0, 40.0, 20.0]
+BOX = [20.0, 10.0, 60.0, 30.0]
 BY_HAND = {
     "the whole image": (WHOLE, (80, 100), [20, 10, 60, 30], 1),
     "halved": ([[2, 0, 0], [0, 2, 0]], (40, 50), [10, 5, 30, 15], 1),
@@ -99,7 +99,7 @@ def test_a_painted_box_lies_in_the_crop_where_it_is_said_to(row: int, flips: tup
         flip=flips[0], vertical_flip=flips[1], crop_scale=(0.5, 1.0), brightness=0, contrast=0, saturation=0
     )
     crop, geometry = Augmenter(augment, Preprocess(size=(56, 64)), seed=0)(image, epoch=0, row=row)
-    boxes = torch.tensor([[left, top, width, height]], dtype=torch.float32)
+    boxes = torch.tensor([[left, top, left + width, top + height]], dtype=torch.float32)
     moved, shares = in_crop(boxes, torch.from_numpy(geometry)[None], (56, 64))
     white = np.argwhere(crop[..., 0] > 127)
     if float(shares[0]) > 0.1:
@@ -107,7 +107,7 @@ def test_a_painted_box_lies_in_the_crop_where_it_is_said_to(row: int, flips: tup
         assert moved[0].tolist() == pytest.approx([x0, y0, x1, y1], abs=1.5)
 
 
-@pytest.mark.parametrize("box", [[NAN] * 4, [20, 10, 0, 20], [20, 10, 40, 0], [20, 10, 0, 0]])
+@pytest.mark.parametrize("box", [[NAN] * 4, [20, 10, 20, 30], [20, 10, 60, 10], [20, 10, 20, 10]])
 def test_no_box_or_an_empty_one_does_not_count(box: list) -> None:
     assert torch.isnan(in_crop(torch.tensor([box]), torch.tensor([WHOLE]), SIZE)[1]).all()
     step, losses = run_step(batch([box, BOX]))
@@ -143,7 +143,7 @@ def overlaps(p: list[float], t: list[float], kind: str) -> tuple[float, float]:
 
 @pytest.mark.parametrize("kind", ["giou", "diou", "ciou"])
 def test_the_terms_are_their_formulas(kind: str) -> None:
-    boxes = [[10, 5, 40, 30], [NAN] * 4, [0, 0, 64, 48], [2, 3, 5, 40], [50, 30, 20, 24]]
+    boxes = [[10, 5, 50, 35], [NAN] * 4, [0, 0, 64, 48], [2, 3, 7, 43], [50, 30, 70, 54]]
     data = batch(boxes)
     step, losses = run_step(data, loss=kind, box=0.5, confidence=0.25, hidden=7)
     conv, _, _, _, linear = step.branches["box_head"]["box"]
@@ -157,8 +157,8 @@ def test_the_terms_are_their_formulas(kind: str) -> None:
             cx, cy, w, h = (1 / (1 + math.exp(-v)) for v in outputs[:4])
             w, h = 0.01 + 0.99 * w, 0.01 + 0.99 * h
             box = [(cx - w / 2) * 64, (cy - h / 2) * 48, (cx + w / 2) * 64, (cy + h / 2) * 48]
-            x, y, wide, high = boxes[b]
-            loss, iou = overlaps(box, [x, y, min(x + wide, 64), min(y + high, 48)], kind)
+            left, top, right, bottom = boxes[b]
+            loss, iou = overlaps(box, [left, top, min(right, 64), min(bottom, 48)], kind)
             c = 1 / (1 + math.exp(-outputs[4]))
             total, mean = total + loss / 4, mean + iou / 4
             sure -= (iou * math.log(c) + (1 - iou) * math.log(1 - c)) / 4
@@ -203,7 +203,7 @@ def test_the_second_pass_over_a_steps_views_has_the_same_terms() -> None:
 
 
 def test_the_preview_shows_the_box() -> None:
-    step, _ = run_step(batch([[20, 10, 40, 20], [NAN] * 4]))
+    step, _ = run_step(batch([BOX, [NAN] * 4]))
     (_, mask) = step.contexts["box_head"].shown["box"]
     expected = torch.zeros(2, *SIZE, dtype=torch.bool)
     expected[0, 10:30, 20:60] = True
@@ -220,13 +220,12 @@ def test_it_finds_a_bright_square() -> None:
         corners = (torch.rand(count, 2, generator=rng) * (64 - sides)).long()
         for image, (left, top), (wide, high) in zip(x, corners.tolist(), sides.tolist(), strict=True):
             image[:, top : top + high, left : left + wide] += 2
-        data = batch(torch.cat([corners, sides], dim=1).float(), size=(64, 64))
+        data = batch(torch.cat([corners, corners + sides], dim=1).float(), size=(64, 64))
         data.x = data.x_clean = x
         return data
 
     test = bright_squares(200)
-    x, y, w, h = test.boxes.T.tolist()
-    truth = [[a, b, a + c, b + d] for a, b, c, d in zip(x, y, w, h, strict=True)]
+    truth = test.boxes.tolist()
     constant = max(
         sum(overlaps([32 - s, 32 - s, 32 + s, 32 + s], t, "diou")[1] for t in truth) / len(truth) for s in range(4, 32)
     )

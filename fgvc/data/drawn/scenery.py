@@ -148,6 +148,7 @@ def expose(rng: np.random.Generator, image: Image.Image) -> Image.Image:
 
 
 def fill(draw: ImageDraw.ImageDraw, points: Sequence[Point], colour: Colour | int) -> None:
+    """Fill the polygon of canvas points with a colour."""
     draw.polygon([whole(p) for p in points], colour)
 
 
@@ -157,6 +158,7 @@ def whole(point: Point) -> tuple[int, int]:
 
 
 def hsv(hue: float, saturation: float, value: float) -> Colour:
+    """RGB, each 0 to 255, of hue (any number, modulo 1), saturation and value (cut at 1)."""
     r, g, b = colorsys.hsv_to_rgb(hue % 1, min(1.0, saturation), min(1.0, value))
     return round(255 * r), round(255 * g), round(255 * b)
 

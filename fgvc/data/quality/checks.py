@@ -71,6 +71,7 @@ class Report(Display):
 
     @property
     def ok(self) -> bool:
+        """Whether there are no errors."""
         return not self.errors
 
     @property

@@ -100,7 +100,7 @@ def near_copies(index: ImageIndex, rows: NDArray[np.int64]) -> tuple[NDArray[np.
 
 
 def _compared(index: ImageIndex, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """`near_copies`, from the pictures."""
+    """Compute `near_copies` from the pictures."""
     prints = Fingerprints.empty(len(index))
     readable = np.zeros(len(index), bool)
 

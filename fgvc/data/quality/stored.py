@@ -182,7 +182,7 @@ def _boxes(index: ImageIndex, stored: StoredFacts) -> Iterator[Fault]:
         if in_shares(index.boxes):
             yield True, SHARES
             return
-        boxes = index.boxes[read].astype(np.float64)
+        boxes = index.corners(read)
         outside, beyond = _misfits(boxes, sides)
         turned = stored.orientation[read] != UPRIGHT
         upright = np.array([turned_sides((w, h), o) for (w, h), o in zip(sides, stored.orientation[read], strict=True)])
@@ -234,7 +234,7 @@ def _namer(
 
 def _misfits(boxes: NDArray[np.float64], sides: NDArray[np.float64]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Masks (N,) of the boxes (N,4) without area in their picture of `sides` (N,2), and of the others that reach beyond it."""
-    low, high = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
+    low, high = boxes[:, :2], boxes[:, 2:]
     outside = (np.minimum(high, sides) <= np.maximum(low, 0)).any(axis=1)
     margin = np.maximum(2, MARGIN * sides)
     beyond = ((low < -margin) | (high > sides + margin)).any(axis=1) & ~outside
@@ -257,7 +257,7 @@ def misplaced(index: ImageIndex, stored: StoredFacts) -> dict[int, str]:
     read = np.flatnonzero(stored.bits > 0)
     if index.boxes is None or not len(read):
         return {}
-    outside, beyond = _misfits(index.boxes[read].astype(np.float64), stored.sides[read].astype(np.float64))
+    outside, beyond = _misfits(index.corners(read), stored.sides[read].astype(np.float64))
     faults = {int(row): "outside, or empty" for row in read[outside]} | {int(row): "cut at the border" for row in read[beyond]}
     return {
         row: f"{text}: {' '.join(f'{side:g}' for side in index.boxes[row])} of {' x '.join(map(str, stored.sides[row]))}"

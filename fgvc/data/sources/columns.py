@@ -111,7 +111,7 @@ def written_alike(classes: Sequence[str]) -> list[str]:
 
 
 def given_splits(source: Source, splits: np.ndarray) -> tuple[Split, ...]:
-    """Of validation and test, those that the set brings along in its `splits` (N,), and that stay as they are."""
+    """The splits, of validation and test, that the set itself has in `splits` (N,), and that therefore stay as they are."""
     present: list[Split] = [name for name in ("val", "test") if (splits == SPLITS.index(name)).any()]
     drawn_anew = source.fold is not None or not source.hold_out
     return tuple(name for name in present if not (name == "val" and drawn_anew))

@@ -220,7 +220,7 @@ def _list(data: HfData) -> tuple[dict[str, Listed], dict[str, Any]]:
 def _places(
     data: HfData, table: Any, column: str
 ) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
-    """Where the images of a table lie: its Arrow files, and of each row the file, the offset and the size in it, or the path."""
+    """Locate the images of a table: its Arrow files, and for each row the file, the offset and size in it, or the path."""
     import pyarrow as pa
 
     files = [str(file["filename"]) for file in table.cache_files]

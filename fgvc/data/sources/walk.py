@@ -37,7 +37,7 @@ class Walk:
     """Lists class folders, and records the links it followed."""
 
     def __init__(self, places: Sequence[ClassFolder]) -> None:
-        """Raises FgvcError if links make two class folders the same, or put one into another."""
+        """Take the class folders to list. Raises FgvcError if links make two of them the same, or put one into another."""
         self._home = {place: os.path.realpath(place.path) for place in places}
         self._owner: dict[str, ClassFolder] = {}  # of a real folder that is a class folder
         for place, home in self._home.items():
@@ -58,7 +58,8 @@ class Walk:
         self._runs: list[str] = []
 
     def images(self, place: ClassFolder) -> Iterator[tuple[list[str], Counter[str]]]:
-        """For the class folder and each below it: sorted paths of images, relative to root, and other files counted by suffix."""
+        """List the images of the class folder and of each folder below it: sorted paths relative to root, and other files counted
+        by suffix."""
         waiting = [str(place)]
         while waiting:
             folder = waiting.pop()

@@ -70,7 +70,7 @@ class SmoothGradCAMPlusPlus(BaseCAM):
     """
 
     def __init__(self, model: FeatureNet, layout: Layout, *, samples: int, sigma: float) -> None:
-        """`samples`: noisy copies. `sigma`: of the noise, as a share of each image's range."""
+        """Hook the model. `samples`: number of noisy copies. `sigma`: of the noise, as a share of each image's range."""
         super().__init__(model, [model.features], layout)
         self.samples, self.sigma = samples, sigma
 
@@ -103,8 +103,8 @@ class ScoreCAM(BaseCAM):
     enlarged_first = True  # before the ReLU: see `fgvc.models.cam.offline.ClassMaps`
 
     def __init__(self, model: FeatureNet, layout: Layout, *, channels: int, batch: int) -> None:
-        """`channels`: number of channels that are tried, those of the highest mean activation; the others have weight 0. `batch`:
-        images per forward."""
+        """Hook the model. `channels`: number of channels that are tried, those of the highest mean activation; the others have
+        weight 0. `batch`: images per forward."""
         super().__init__(model, [model.features], layout, uses_gradients=False)
         self.channels, self.batch = channels, batch
 

@@ -55,8 +55,9 @@ class ClassMaps:
     """Class maps of one net by some methods; made by `class_maps_of`."""
 
     def __init__(self, model: FeatureNet, size: tuple[int, int], methods: Sequence[str], *, channels: int | None) -> None:
-        """`channels`: number of the most active channels, for methods that try them one by one; 0: all; None: CHANNELS, or all
-        if only the head has to run for each. Raises FgvcError for a method that this net can't have."""
+        """Prepare the methods for a net. `channels`: number of the most active channels, for methods that try them one by one;
+        0: all; None: CHANNELS, or all if only the head has to run for each. Raises FgvcError for a method that this net
+        can't have."""
         self.net: nn.Module = model.net
         self._model, self._linear = model, None
         if "cam" in methods:
@@ -184,7 +185,7 @@ def method_name(method: str) -> str:
 def offline_maps(
     net: nn.Module, batches: Iterable[tuple[Tensor, Tensor, Rows]], method: str
 ) -> Iterator[tuple[Rows, Tensor]]:
-    """For every batch of images (B,3,H,W), labels (B,) and rows (B,): the rows, and maps (B,H,W) float32 in [0,1].
+    """Yield, for every batch of images (B,3,H,W), labels (B,) and rows (B,), the rows and the maps (B,H,W) float32 in [0,1].
 
     The net's mode, gradients and flags are restored when the iterator ends. A map of one cell is 0 everywhere."""
     batches = iter(batches)

@@ -42,17 +42,18 @@ def forms(name: str) -> Iterator[tuple[bool, Layers, Stages]]:
 
 
 def layers(net: nn.Module) -> Layers:
+    """Shapes of a net's layers, in the order of their use, for images of its default size."""
     size = net.default_cfg["input_size"]  # type: ignore[index]
     trace = traced(net, torch.empty(1, *size, device="meta"))
     return [trace.uses[number].key for number in trace.layers]
 
 
-def main(out: Path = TABLE, wanted: Sequence[str] = ()) -> None:
+def main(out: Path = TABLE, only: Sequence[str] = ()) -> None:
     warnings.simplefilter("ignore")
     nets: dict[tuple[bool, tuple[tuple[int, ...], ...], Stages], list[str]] = {}
     failed: list[str] = []
     names = [
-        name for name in wanted or timm.list_models() if timm.model_entrypoint(name).__module__.startswith("timm.")
+        name for name in only or timm.list_models() if timm.model_entrypoint(name).__module__.startswith("timm.")
     ]
     for at, name in enumerate(names):
         try:

@@ -1,4 +1,4 @@
-"""Which use of weights in one net is which in another: by shapes, and by what lies before and behind.
+"""Matching of the uses of weights in two nets: by shapes, and by the layers before and behind.
 
 Programs that write files fold norms and scales into layers, leave biases to sums, and compute branches in another order. Layers
 are told apart by a colour: the shape, then again and again the colours of the layers before and behind (Weisfeiler and Leman,
@@ -19,7 +19,7 @@ Colours = Mapping[int, Hashable]  # of layers, by their number
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A layer of the twin's, and where it is in the file."""
+    """A layer of the twin, with its places in the file."""
 
     twin: int
     file: int
@@ -30,7 +30,7 @@ class Layer:
 
 @dataclass(slots=True)
 class Pairing:
-    """The uses of a twin's weights, and where they are in a file."""
+    """The uses of a twin's weights, with their places in a file."""
 
     layers: list[Layer] = field(default_factory=list)
     same: dict[Place, Place] = field(default_factory=dict)  # all other operands that both have
@@ -58,7 +58,8 @@ def shapes_of(net: Traced) -> Colours:
 
 
 def colours_of(net: Traced) -> Colours:
-    """The same where the layers before and behind are the same, too, and those of these, and so on."""
+    """Colours of the layers by which they are matched: two have the same where their shapes, those of the layers before and
+    behind, those of their neighbours and so on are the same (colour refinement)."""
     colours = shapes_of(net)
     before = {number: net.uses[number].after for number in colours}
     behind: dict[int, list[int]] = {number: [] for number in colours}

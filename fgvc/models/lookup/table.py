@@ -1,4 +1,4 @@
-"""The layers of timm's nets, and which of them are those of a file, or nearly."""
+"""Table of the layers of all of timm's nets, and the search in it for those of a file, or nearly."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Near:
-    """An entry, and by how many layers a file differs from it."""
+    """An entry, and the number of layers by which a file differs from it."""
 
     entry: Entry
     differences: int  # layers that one of the two has alone, a changed one counted once
@@ -34,7 +34,7 @@ class Near:
 
 @cache
 def timm_table() -> tuple[str, tuple[Entry, ...]]:
-    """The version of timm that the table is of, and its entries."""
+    """Read the table: the version of timm that it is of, and its entries."""
     read = json.loads(gzip.decompress(TABLE.read_bytes()))
     shapes = [tuple(shape) for shape in read["shapes"]]
     return read["timm"], tuple(

@@ -1,4 +1,4 @@
-"""Where a net uses its weights: in which calls, in which order, and behind which layers.
+"""Tracing of a net's uses of its weights: in which calls, in which order, and behind which layers.
 
 Any net will do, timm's or that of an ONNX file: what is watched are torch's functions while an image goes through. A net without
 data (device meta) is watched as well as a real one. The same watch lets a net run with other weights in the places of its own.
@@ -38,13 +38,13 @@ class Operand:
 
     @property
     def form(self) -> tuple[int, ...]:
-        """Its shape without axes of one."""
+        """The operand's shape without axes of one."""
         return tuple(side for side in self.value.shape if side > 1)
 
 
 @dataclass(slots=True)
 class Use:
-    """One call that brings weights to what is computed from the image.
+    """One call that combines weights with values that depend on the image.
 
     kind: *layer* (a convolution or a linear layer: weight, and bias where there is one), *norm* (by running statistics: mean,
     variance, and scale and shift where there are any), *scale* (a product), *shift* (a sum), *other*.
@@ -58,11 +58,12 @@ class Use:
 
     @property
     def key(self) -> tuple[int, ...]:
-        """Of a layer: the shape of its weight, by which a 1 x 1 convolution is a linear layer."""
+        """The shape of a layer's weight; a 1 x 1 convolution has that of a linear layer."""
         return layer_key(self.operands[0].value.shape)
 
 
 def layer_key(shape: Sequence[int]) -> tuple[int, ...]:
+    """Shape of a layer's weight for comparison: 1 x 1 kernels are left out, 1D ones are written as 2D."""
     rows, columns, *kernel = shape
     if all(side == 1 for side in kernel):
         return rows, columns
@@ -71,7 +72,7 @@ def layer_key(shape: Sequence[int]) -> tuple[int, ...]:
 
 @dataclass(slots=True)
 class Live:
-    """What is known of a tensor that is computed from the image."""
+    """Known facts of a tensor that depends on the image."""
 
     after: frozenset[int] = frozenset()
     behind: int | None = None

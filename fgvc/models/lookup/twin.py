@@ -1,4 +1,4 @@
-"""The net of timm's that a deployed file is, and what follows from knowing it: other weights for the file's places."""
+"""Identification of a deployed file as one of timm's nets, its twin, and the file's tensors from that net's weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CANDIDATES = 12  # that are tried, of one set of layers
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Twin:
-    """A net of timm's that a file is: with the file's weights its logits are the file's to 1e-5 of the largest."""
+    """One of timm's nets that a file is: with the file's weights its logits are the file's to 1e-5 of the largest."""
 
     name: str
     kwargs: Mapping[str, Any]  # of timm.create_model
@@ -92,7 +92,7 @@ class Twin:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LookUp:
-    """Which of timm's nets a file is."""
+    """Result of the search for the net of timm's that a file is."""
 
     version: str  # of the timm that the table is of
     twins: tuple[Twin, ...] = ()
@@ -105,7 +105,7 @@ class LookUp:
         return self.twins[0] if self.twins else None
 
     def line(self) -> str:
-        """For people."""
+        """The result as one line of text."""
         if self.twins:
             names = " = ".join(dict.fromkeys(twin.name for twin in self.twins))
             return f"{names} of timm: with the file's weights its logits are the same ({self.twins[0].difference:.0e} apart)"
@@ -121,7 +121,7 @@ class LookUp:
         return f"none of timm's (as of {self.version})"
 
     def numbers(self) -> dict[str, Any]:
-        """For JSON."""
+        """Values for JSON."""
         return {
             "timm": self.version,
             "nets": [
@@ -143,8 +143,8 @@ def timm_stages(file: OnnxNet) -> tuple[tuple[int, int], ...]:
 
 
 def look_up(file: OnnxNet, first: str = "") -> LookUp:
-    """Which of timm's nets a file is: one with layers of the same shapes, which with the file's weights in their places has the
-    same logits on random images, to 1e-5 of the largest. The file is put into eval mode.
+    """Search the net of timm's that a file is: one with layers of the same shapes, which with the file's weights in their places
+    has the same logits on random images, to 1e-5 of the largest. The file is put into eval mode.
 
     `first`: timm's name of a net that is tried before others. Of very many with the same layers some are left out."""
     uses = traced(file.eval(), _images(file))
@@ -240,7 +240,8 @@ def _at(net: Traced, place: Place) -> Tensor:
 
 
 def _affine(twin: Traced, layer: Layer) -> tuple[Tensor, Tensor]:
-    """By what a layer's output channels are multiplied, and what is added to them, in what the file has folded; its bias, too."""
+    """Scale and shift of a layer's output channels (C,) that the file has folded into the layer; the shift includes the layer's
+    own bias."""
     weight, *bias = (operand.value for operand in twin.uses[layer.twin].operands)
     scale, shift = weight.new_ones(len(weight)), bias[0] if bias else weight.new_zeros(len(weight))
     for use in (twin.uses[number] for number in layer.folded):
@@ -259,7 +260,7 @@ def _affine(twin: Traced, layer: Layer) -> tuple[Tensor, Tensor]:
 
 
 def _folded(twin: Traced, file: Traced, pairing: Pairing) -> dict[Place, Tensor]:
-    """What the file's operands become with the twin's weights."""
+    """Compute the file's operands from the twin's weights."""
     values: dict[Place, Tensor] = {}
     for layer in pairing.layers:
         weight = twin.uses[layer.twin].operands[0].value
@@ -288,11 +289,11 @@ def _parameters(
     parameters = dict(file.named_parameters()) | dict(file.named_buffers())
     whole = operand.value.double()
     if operand.direct:
-        wanted = {operand.names[0]: value.reshape(whole.shape).T if operand.turned else value}
+        tensors = {operand.names[0]: value.reshape(whole.shape).T if operand.turned else value}
     elif len(operand.names) == 1 and torch.equal(parameters[operand.names[0]].double().flatten(), whole.flatten()):
-        wanted = {operand.names[0]: value}  # a view of it
+        tensors = {operand.names[0]: value}  # a view of it
     else:
-        wanted, names = {}, list(operand.names)
+        tensors, names = {}, list(operand.names)
         for other in () if mine is None else mine.names:
             name = next((name for name in names if parameters[name].numel() == own[other].numel()), None)
             if name is None:
@@ -300,5 +301,5 @@ def _parameters(
                     f"the file computes numbers from {', '.join(operand.names)} otherwise than timm's net: they can't be laid"
                 )
             names.remove(name)
-            wanted[name] = own[other].detach()
-    return {name: tensor.reshape(parameters[name].shape) for name, tensor in wanted.items()}
+            tensors[name] = own[other].detach()
+    return {name: tensor.reshape(parameters[name].shape) for name, tensor in tensors.items()}

@@ -1,4 +1,4 @@
-"""Another number of classes for the net of a deployed file: its last layer made anew, and how that lies in the file."""
+"""Change of the number of classes of a deployed file's net: a new last layer, and its tensors in the file."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ LAST = ("classifier.weight", "classifier.bias")
 
 
 def last_tensors(net: OnnxNet) -> dict[str, Slot]:
-    """The file's tensors that are the last layer alone, by name. Raises FgvcError, with the reason, where it is none such."""
+    """The tensors of the file that belong to the last layer alone, by name. Raises FgvcError, with the reason, where the last
+    layer has no tensors of its own."""
     stored = {
         name: slots[0] for name, slots in net.slots.items() if name in net.movable and any(slot.target in LAST for slot in slots)
     }
-    wanted = [name for name in LAST if getattr(net.classifier, name.partition(".")[2]) is not None]
-    if sorted(slot.target for slot in stored.values()) != sorted(wanted):
+    expected = [name for name in LAST if getattr(net.classifier, name.partition(".")[2]) is not None]
+    if sorted(slot.target for slot in stored.values()) != sorted(expected):
         raise FgvcError("its last layer is computed in the graph")
     if any(slot.joined is not None for slot in stored.values()):
         raise FgvcError("its last layer is the mean of two of the file's")

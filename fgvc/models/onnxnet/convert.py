@@ -24,12 +24,12 @@ from fgvc.models.onnxnet.values import Array, Known, Live, Size, Slot, Stored, V
 
 
 class Refused(Exception):
-    """Why a node can't be converted; the caller says which."""
+    """Raised where a node can't be converted, with the reason; the caller names the node."""
 
 
 @dataclass(slots=True)
 class Builder:
-    """A graph under construction."""
+    """A torch.fx graph under construction, and the modules that it calls."""
 
     batches: tuple[int, ...]  # the file's own first
     fixed: bool  # the file takes its own batch alone
@@ -53,7 +53,7 @@ class Builder:
     # --- values -------------------------------------------------------------------------------------------------------
 
     def constant(self, value: Value | None, what: str) -> Array:
-        """Numbers that are known and do not depend on the batch. Raises Refused where they are not."""
+        """The array of a known value that does not depend on the batch. Raises Refused where it does, or is not known."""
         if isinstance(value, Stored):
             return value.tensor().numpy()
         if not isinstance(value, Known) or not value.fixed:
@@ -61,10 +61,11 @@ class Builder:
         return value.array
 
     def ints(self, value: Value | None, what: str) -> list[int]:
+        """Whole numbers of a constant value. `what`: its name in the message. Raises Refused where they depend on the batch."""
         return [int(number) for number in self.constant(value, what).reshape(-1)]
 
     def sizes(self, value: Value) -> list[int | Size]:
-        """Numbers of which some may be batches."""
+        """Whole numbers of a value, where a number of images is a Size."""
         if not isinstance(value, Known):
             raise Refused("a shape is computed from the images")
         return [self.size(numbers) for numbers in zip(*(array.reshape(-1).tolist() for array in value.arrays), strict=True)]
@@ -114,7 +115,7 @@ class Builder:
         return self.call(torch.Tensor.expand, row, (Size(1), *first.shape[1:]))
 
     def parameter(self, value: Stored) -> nn.Parameter:
-        """That of a stored tensor, seen so: one for all that read it alike."""
+        """The parameter of a stored tensor as it is viewed; the same one for all readers with the same view."""
         return self.shared.setdefault((value.name, value.views), nn.Parameter(value.tensor()))
 
     def _attribute(self, target: str, data: Tensor) -> Live:
@@ -139,12 +140,12 @@ class Builder:
         return Live(node, metas)
 
     def elementwise(self, function: Callable[..., Any], x: Live, *args: Any, **kwargs: Any) -> Live:
-        """`call` of a function whose result is of the shape and type of its input: nothing is computed to know that. (For some
-        of torch's functions it would load its compiler.)"""
+        """Add the call of a function whose result has the shape and type of its input: no computation is needed to know them.
+        (For some of torch's functions `call` would load its compiler.)"""
         return Live(self.graph.call_function(function, (x.node, *args), kwargs), x.metas)
 
     def broadcast(self, function: Callable[..., Any], *operands: Live | float) -> Live:
-        """The same of a function of operands that are broadcast together."""
+        """Add the call of a function of operands that are broadcast together."""
         live = [value for value in operands if isinstance(value, Live)]
         shapes = [torch.broadcast_shapes(*(value.metas[at].shape for value in live)) for at in range(len(self.batches))]
         node = self.graph.call_function(function, tuple(self._node(value) for value in operands))
@@ -157,9 +158,9 @@ class Builder:
         node.meta["shape"] = tuple(metas[0].shape)
         return Live(node, metas)
 
-    def add_module(self, wanted: str, module: nn.Module, **stored: Stored | None) -> str:
+    def add_module(self, base: str, module: nn.Module, **stored: Stored | None) -> str:
         """Put a module into the tree, its parameters and buffers those of stored tensors; returns its name."""
-        name = self._free(wanted)
+        name = self._free(base)
         for attribute, value in stored.items():
             if value is None:
                 continue
@@ -174,12 +175,12 @@ class Builder:
         self.learned = True
         return name
 
-    def _free(self, wanted: str) -> str:
+    def _free(self, base: str) -> str:
         """A name that nothing has: neither an attribute, nor a module around or below one."""
-        name = wanted
+        name = base
         while not name or self._taken(name):
-            self.names[wanted] += 1
-            name = f"{wanted}_{self.names[wanted]}"
+            self.names[base] += 1
+            name = f"{base}_{self.names[base]}"
         return name
 
     def _taken(self, name: str) -> bool:
@@ -267,20 +268,20 @@ def _register(root: nn.Module, name: str, value: nn.Module | nn.Parameter | Tens
 
 
 def _is_mask(tensor: Tensor) -> bool:
-    """Whether it is a table of two values at most, as attention masks are."""
+    """Whether a tensor has two different values at most, as attention masks have."""
     table = tensor.dim() >= 2 and min(tensor.shape[-2:]) > 1
     return table and len(tensor.unique()) <= 2 and bool((tensor.abs() >= 100).any() or not tensor.isfinite().all())
 
 
 def _clean(name: str) -> str:
-    """A name of the file as Python's modules have them: words between dots."""
+    """Convert a name of the file to a module's name: words between dots."""
     words = [re.sub(r"\W", "_", word) for word in re.split(r"[./:]+", name) if word]
     return ".".join(f"_{word}" if word[:1].isdigit() and at == 0 else word for at, word in enumerate(words)) or "tensor"
 
 
 def module_name(node: onnx.NodeProto, weight: str | None) -> str:
-    """What a layer is called: as its weight is, where that has a name of its own (`blocks.0.conv.weight`); else by the scopes
-    in the node's name (`/blocks/blocks.0/conv/Conv`), or that itself."""
+    """Name of a layer's module: that of its weight where that has a name of its own (`blocks.0.conv.weight`); else from the
+    scopes in the node's name (`/blocks/blocks.0/conv/Conv`), or that itself."""
     if weight is not None and weight.endswith((".weight", ".kernel", "_weight")):
         return _clean(weight.rpartition("." if "." in weight else "_")[0])
     path: list[str] = []
@@ -293,5 +294,6 @@ def module_name(node: onnx.NodeProto, weight: str | None) -> str:
 
 
 def refusal(where: str, node: onnx.NodeProto, reason: str) -> FgvcError:
+    """The error for a node that can't be converted. `where`: the file, for the message."""
     domain = f"{node.domain}." if node.domain not in ("", "ai.onnx") else ""
     return FgvcError(f"{where}: node {node.name or node.output[0]!r} ({domain}{node.op_type}): {reason}")

@@ -96,7 +96,8 @@ def dropout(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs) -> 
 
 @converts("Cast")
 def cast(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs) -> list[Value]:
-    """Among floats nothing: all is trained in one type. From whole numbers to that type; to whole numbers by truncation."""
+    """Convert Cast: nothing among floats, since all is trained in one type; whole numbers become that type; to whole numbers by
+    truncation."""
     x = b.live(first(inputs))
     if a["to"] in FLOATS:
         return [x if x.metas[0].is_floating_point() else b.call(as_float, x)]
@@ -106,6 +107,7 @@ def cast(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs) -> lis
 
 
 def as_float(x: Tensor) -> Tensor:
+    """Convert to torch's default floating-point type."""
     return x.to(torch.get_default_dtype())
 
 
@@ -133,6 +135,7 @@ def hard_sigmoid(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs
 
 
 def linear_clamp(x: Tensor, alpha: float, beta: float) -> Tensor:
+    """alpha x + beta, clamped to [0,1]."""
     return (alpha * x + beta).clamp(0, 1)
 
 
@@ -153,6 +156,7 @@ def selu(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs) -> lis
 
 
 def scaled_elu(x: Tensor, alpha: float, gamma: float) -> Tensor:
+    """gamma ELU(x), ELU with `alpha`."""
     return gamma * F.elu(x, alpha)
 
 
@@ -168,6 +172,7 @@ def prelu(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs) -> li
 
 
 def parametric_relu(x: Tensor, slope: Tensor) -> Tensor:
+    """relu(x) + slope min(x, 0)."""
     return F.relu(x) + slope * x.clamp(max=0)
 
 
@@ -184,6 +189,7 @@ def gelu(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs) -> lis
 
 
 def quick_gelu(x: Tensor, alpha: float) -> Tensor:
+    """x sigmoid(alpha x)."""
     return x * torch.sigmoid(alpha * x)
 
 

@@ -1,4 +1,4 @@
-"""Which convolutions of a file had batch norms behind them, by the look of its graph."""
+"""Detection, by a file's graph, of convolutions that a batch norm was folded into."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Folded:
 
 
 def folded_convolutions(net: OnnxNet) -> Folded:
-    """Tell the convolutions of a net as it was read.
+    """Classify the convolutions of a net as it was read.
 
     Exporters fold a batch norm into the convolution before it, which has a bias from then on. So one was folded into each that
     has a bias and works on a map, in a net that has no norms of another kind; in a net that has some (layer norms), into those
@@ -87,7 +87,7 @@ def _normalises_otherwise(net: OnnxNet) -> bool:
 
 
 def _readers(node: fx.Node) -> list[fx.Node]:
-    """What reads a value, through the Identity at a stage's end."""
+    """Nodes that read a value, through the Identity at a stage's end."""
     return [
         reader
         for user in node.users
@@ -96,7 +96,7 @@ def _readers(node: fx.Node) -> list[fx.Node]:
 
 
 def _is_norm(node: fx.Node) -> bool:
-    """Whether it is a batch norm, maybe by statistics that are computed."""
+    """Whether a node is a batch norm, also one whose statistics are computed."""
     if node.op == "call_module":
         owner = node.graph.owning_module
         return owner is not None and isinstance(owner.get_submodule(str(node.target)), _BatchNorm)
@@ -104,7 +104,7 @@ def _is_norm(node: fx.Node) -> bool:
 
 
 def _is_product(node: fx.Node) -> bool:
-    """Whether it multiplies by numbers of the file."""
+    """Whether a node multiplies by numbers of the file."""
     return node.target is operator.mul and any(arg.op == "get_attr" for arg in node.all_input_nodes)
 
 

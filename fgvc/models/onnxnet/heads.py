@@ -13,8 +13,8 @@ from fgvc.models.onnxnet.values import Columns, Doubled, Slot
 
 
 def join_heads(builder: Builder, last: fx.Node) -> fx.Node | None:
-    """Where `last` is (A x + a + B y + b) / 2, put one linear layer in its place, [A B] of the features (x, y) / 2 with the bias
-    (a + b) / 2, and return that; None where it is something else.
+    """Replace `last`, where it is (A x + a + B y + b) / 2, by one linear layer [A B] of the features (x, y) / 2 with the bias (a
+    + b) / 2, and return that; None where it is something else.
 
     A and B are trained as they are in the file. Of the biases the sum alone matters: a takes all of its change, and b stays.
     """

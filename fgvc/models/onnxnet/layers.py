@@ -301,7 +301,7 @@ def _bias_behind(b: Builder, node: onnx.NodeProto, width: int) -> tuple[Stored |
 
 
 def _linear(b: Builder, node: onnx.NodeProto, x: Live, weight: Stored, bias: Value | None) -> Live:
-    """`weight` (N,K) as torch has it."""
+    """Add a linear layer with `weight` (N,K), as torch has it."""
     rows, columns = weight.shape
     if isinstance(bias, Stored) and bias.shape != (rows,):
         if math.prod(bias.shape) != rows:  # one number for all

@@ -62,7 +62,7 @@ class OnnxNet(nn.Module):
         self.slots = self._own_slots(graph)
 
     def _own_slots(self, graph: Graph) -> dict[str, list[Slot]]:
-        """Where the file's tensors are in this module. One that is read in two ways is not trained: the file holds it once."""
+        """Locate the file's tensors in this module. One that is read in two ways is not trained: the file holds it once."""
         names = {id(value): name for name, value in [*self.named_parameters(), *self.named_buffers()]}
         own: dict[str, list[Slot]] = {}
         for stored, slots in graph.slots.items():
@@ -95,7 +95,7 @@ class OnnxNet(nn.Module):
         return (logits if self.tail is None else self.tail(logits)).flatten(1)
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """What the file gives: its ending applied to logits."""
+        """Apply the file's ending to logits, which gives what the file gives."""
         if self.ending == "sigmoid":
             return logits.sigmoid()
         if self.ending == "log_softmax":
@@ -132,11 +132,11 @@ class OnnxNet(nn.Module):
         return set()
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
-        """How deep a parameter lies, for layer decay: the stem is 0, the classifier the deepest."""
+        """Function from a parameter's name to its depth, for layer decay: the stem is 0, the classifier the deepest."""
         depths, last = self._depth, max(self._depth.values(), default=0) + 1
 
         def depth(name: str) -> int:
-            """That of the module that holds it; what training has put in its place lies below it."""
+            """Depth of the module that holds the parameter; modules that training has put in its place lie below it."""
             while name not in depths and name:
                 name = name.rpartition(".")[0]
             return depths.get(name, last)
@@ -152,7 +152,8 @@ class OnnxNet(nn.Module):
             yield name, slots[0].to_file(value)
 
     def named_modules_in_order(self) -> Iterator[tuple[str, nn.Module]]:
-        """Its modules and what holds parameters of its own, as a forward comes to them; those that it comes to twice, twice."""
+        """Yield the modules, and the holders of parameters of their own, in the order of a forward; those that it calls twice,
+        twice."""
         for prefix, graph in (("body", self.body), ("pool", self.pool), ("tail", self.tail)):
             for node in graph.graph.nodes if graph is not None else ():
                 target = f"{prefix}.{node.target}"
@@ -164,7 +165,7 @@ class OnnxNet(nn.Module):
                 yield "classifier", self.classifier
 
     def constants(self) -> frozenset[str]:
-        """Names of buffers that are no weights: what the file computes with, as it is."""
+        """Names of buffers that are constants of the file's graph and no weights."""
         weights = {slot.target for name in self.movable for slot in self.slots[name]}
         return frozenset(name for name, _ in self.named_buffers() if name not in weights)
 
@@ -237,6 +238,7 @@ def _value(graph: Graph, slot: Slot) -> Any:
 
 @dataclass(slots=True)
 class Parts:
+    """The graph of a file, divided at its features and its classifier."""
     features: fx.Node
     body: fx.Graph
     pool: fx.Graph
@@ -266,7 +268,7 @@ def _parts(graph: Graph) -> Parts:
 
 
 def _cuts(nodes: list[fx.Node]) -> set[fx.Node]:
-    """Nodes that all of the output comes through: before none of them is a value that is read behind it."""
+    """Nodes that all of the output passes through: no value before one of them is read behind it."""
     place = {node: at for at, node in enumerate(nodes)}
     cuts, reach = set(), -1
     for at, node in enumerate(nodes):
@@ -280,7 +282,7 @@ def _cuts(nodes: list[fx.Node]) -> set[fx.Node]:
 
 
 def _is_batch(node: fx.Node) -> bool:
-    """Whether it is the number of images, or a multiple of it."""
+    """Whether a node is the number of images, or a multiple of it."""
     if node.op == "call_method" and node.target == "size":
         return True
     return node.op == "call_function" and node.target is operator.mul and all(
@@ -347,7 +349,7 @@ def _stages(graph: Graph, cuts: list[fx.Node], shapes: Mapping[fx.Node, torch.Si
 
 
 def _readers(node: fx.Node) -> list[fx.Node]:
-    """What reads a value, as it is or padded."""
+    """Nodes that read a value, as it is or padded."""
     return [reader for user in node.users for reader in (_readers(user) if user.target is F.pad else [user])]
 
 
@@ -374,14 +376,14 @@ def _between(whole: fx.Graph, start: fx.Node | None, end: fx.Node, stages: Mappi
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     entry = graph.placeholder("x")
-    wanted = _ancestors(end, start)
+    needed = _ancestors(end, start)
     ends = {stage.node: name for name, stage in stages.items()}
     if start is not None:
         copies[start] = entry
     for node in whole.nodes:
         if node.op == "placeholder" and start is None:
             copies[node] = entry
-        elif node in wanted and node is not start:
+        elif node in needed and node is not start:
             if _is_batch(node) and node.op == "call_method":
                 copies[node] = graph.call_method("size", (entry, 0))
             else:

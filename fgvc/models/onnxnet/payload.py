@@ -35,7 +35,8 @@ def stored_tensors(model: onnx.ModelProto) -> dict[str, TensorProto]:
 
 
 def read_tensor(tensor: TensorProto, folder: Path) -> NDArray[np.generic]:
-    """Its values; bfloat16 as float32. `folder`: where external data lie. Raises FgvcError where they are gone or cut short."""
+    """Read a tensor's values; bfloat16 as float32. `folder`: where external data lie. Raises FgvcError where they are gone or cut
+    short."""
     try:
         array = numpy_helper.to_array(tensor, base_dir=str(folder))
     except (OSError, ValueError, onnx.checker.ValidationError) as error:

@@ -30,7 +30,7 @@ INT8 = {
 
 @dataclass(slots=True)
 class Graph:
-    """A file's graph in torch, whole."""
+    """A file's graph, converted to torch."""
 
     path: Path
     builder: Builder
@@ -97,9 +97,9 @@ def read_graph(
     if file.layout == "NHWC":
         x = builder.call(torch.permute, x, (0, 2, 3, 1))
     builder.values[file.input] = x
-    wanted = _needed(nodes, name)
+    needed = _needed(nodes, name)
     for node in nodes:
-        if id(node) in wanted:
+        if id(node) in needed:
             _convert(path, builder, node)
     result = builder.values.get(name)
     if not isinstance(result, Live):

@@ -1,4 +1,4 @@
-"""Which converter an ONNX operator has, and what converters share.
+"""Registry of the converters of ONNX operators, and functions that they share.
 
 A converter takes the builder, the node, its attributes and its inputs, and gives its outputs. Semantics are those of the
 operators' specification (onnx.ai/onnx/operators) and of onnxruntime's contrib operators.
@@ -42,7 +42,7 @@ def first(values: Inputs) -> Value:
 
 
 def text(value: Any) -> str:
-    """An attribute of text."""
+    """Text of an attribute."""
     return value.decode() if isinstance(value, bytes) else str(value)
 
 

@@ -35,20 +35,20 @@ def size(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs) -> lis
 
 @converts("Reshape")
 def reshape(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs) -> list[Value]:
-    x, wanted = first(inputs), inputs[1] if len(inputs) > 1 else Known((np.array(a["shape"], np.int64),) * len(b.batches))
-    assert wanted is not None
+    x, new_shape = first(inputs), inputs[1] if len(inputs) > 1 else Known((np.array(a["shape"], np.int64),) * len(b.batches))
+    assert new_shape is not None
     if isinstance(x, Stored):
-        target = _resolved(b.ints(wanted, "shape"), x.shape, a)
+        target = _resolved(b.ints(new_shape, "shape"), x.shape, a)
         return [x.viewed("reshape", target)]
     x = b.live(x)
-    if not isinstance(wanted, Known):
+    if not isinstance(new_shape, Known):
         raise Refused("its shape is computed from the images")
     shapes = [
         _resolved(array.reshape(-1).tolist(), meta.shape, a)
-        for array, meta in zip(wanted.arrays, x.metas, strict=True)
+        for array, meta in zip(new_shape.arrays, x.metas, strict=True)
     ]
     fits = all(math.prod(target) == meta.numel() for target, meta in zip(shapes, x.metas, strict=True))
-    if b.fixed and wanted.fixed and (not fits or -1 in wanted.array):
+    if b.fixed and new_shape.fixed and (not fits or -1 in new_shape.array):
         shapes = _for_batches(b, x, shapes[0])
     return [b.call(torch.reshape, x, tuple(b.size(each) for each in zip(*shapes, strict=True)))]
 
@@ -250,7 +250,8 @@ def pad(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs) -> list
 
 @converts("Resize", "Upsample")
 def resize(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs) -> list[Value]:
-    """Along each axis a product with a matrix, which is what onnx's reference implementation does to unit vectors."""
+    """Convert Resize: a product with a matrix along each axis, which is found by onnx's reference implementation from unit
+    vectors."""
     x = b.live(first(inputs))
     for axis in range(1, x.rank):
         matrix = _resizing(b, node, a, inputs, x, axis)
@@ -260,12 +261,12 @@ def resize(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs) -> l
 
 
 def along(x: Tensor, matrix: Tensor, axis: int) -> Tensor:
-    """x with its axis multiplied by `matrix` (new, old)."""
+    """Multiply one axis of x by `matrix` (new, old)."""
     return torch.movedim(torch.movedim(x, axis, -1) @ matrix.to(x.dtype).T, -1, axis)
 
 
 def _resizing(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs, x: Live, axis: int) -> np.ndarray | None:
-    """(new, old) float32; None: that axis stays."""
+    """Matrix (new, old) float32 of the resizing along an axis; None: that axis stays."""
     length = x.shape[axis]
     old = node.op_type == "Upsample" or b.opsets.get("", 13) < 11  # inputs: x, scales (an attribute before opset 9)
     stated = inputs[1 if old else 2] if len(inputs) > (1 if old else 2) else None
@@ -316,12 +317,15 @@ def depth_to_space(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inpu
 
 
 def space_to_depth(x: Tensor, block: int) -> Tensor:
+    """Move blocks of cells into channels: (N,C,H,W) to (N, C block^2, H/block, W/block)."""
     n, c, h, w = x.shape
     cells = x.reshape(n, c, h // block, block, w // block, block)
     return cells.permute(0, 3, 5, 1, 2, 4).reshape(n, c * block * block, h // block, w // block)
 
 
 def depth_first(x: Tensor, block: int) -> Tensor:
+    """Move channels into blocks of cells, the block's axes before the channels (DepthToSpace, mode DCR): (N,C,H,W) to (N,
+    C/block^2, H block, W block)."""
     n, c, h, w = x.shape
     cells = x.reshape(n, block, block, c // block**2, h, w)
     return cells.permute(0, 3, 4, 1, 5, 2).reshape(n, c // block**2, h * block, w * block)

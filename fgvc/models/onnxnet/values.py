@@ -1,4 +1,4 @@
-"""What the values of an ONNX graph are while it is converted: known numbers, stored tensors, live results.
+"""Values of an ONNX graph during its conversion: known numbers, stored tensors, and results that depend on the image.
 
 *Known*: numbers that nothing trains, such as shapes and bounds; where they depend on the batch they are held for several
 batches. *Stored*: a tensor of floats in the file, maybe through views (Transpose, Reshape, Cast), which becomes a parameter.
@@ -26,12 +26,13 @@ class Known:
 
     @property
     def fixed(self) -> bool:
+        """Whether the array is the same for each batch."""
         first = self.arrays[0]
         return all(array is first or (array.shape == first.shape and (array == first).all()) for array in self.arrays[1:])
 
     @property
     def array(self) -> Array:
-        """Where it does not depend on the batch."""
+        """The array of a value that does not depend on the batch."""
         return self.arrays[0]
 
 
@@ -47,6 +48,7 @@ class View:
         return array.permute(self.argument) if self.kind == "permute" else array.reshape(self.argument)
 
     def back(self, array: Tensor) -> Tensor:
+        """Undo the view."""
         if self.kind == "reshape":
             return array.reshape(self.before)
         return array.permute([self.argument.index(axis) for axis in range(len(self.argument))])
@@ -61,17 +63,18 @@ class Stored:
     views: tuple[View, ...] = ()
 
     def tensor(self) -> Tensor:
+        """The values as the views show them, contiguous: float64 where the file has that, else float32."""
         value = torch.from_numpy(np.array(self.array, np.float64 if self.array.dtype == np.float64 else np.float32))
         for view in self.views:
             value = view(value)
         return value.contiguous()
 
     def viewed(self, kind: str, argument: tuple[int, ...]) -> Stored:
-        """Through one more view."""
+        """The tensor through one more view."""
         return Stored(self.name, self.array, (*self.views, View(kind, argument, self.shape)))
 
     def transposed(self) -> Stored:
-        """A matrix with rows and columns changed places; twice is not at all."""
+        """The transposed matrix; a transposition of a transposed one is undone."""
         if self.views and (self.views[-1].kind, self.views[-1].argument) == ("permute", (1, 0)):
             return Stored(self.name, self.array, self.views[:-1])
         return self.viewed("permute", (1, 0))
@@ -93,7 +96,7 @@ class Live:
 
     @property
     def shape(self) -> torch.Size:
-        """For the first batch."""
+        """Shape for the first batch."""
         return self.metas[0].shape
 
     @property
@@ -112,7 +115,7 @@ Value = Known | Stored | Live
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """`times` batches, in the place of a number."""
+    """A number of images in a shape: `times` the batch."""
 
     times: int
 
@@ -125,6 +128,7 @@ class Columns:
     end: int
 
     def back(self, array: Tensor) -> Tensor:
+        """The columns (K,`end` - `start`) of the joined weight that are this layer's."""
         return array[:, self.start : self.end]
 
 
@@ -135,12 +139,13 @@ class Doubled:
     offset: Tensor  # float64: the bias as it was, minus twice the mean
 
     def back(self, array: Tensor) -> Tensor:
+        """The bias (K,) whose mean with the fixed one is `array`."""
         return 2 * array + self.offset.to(array)
 
 
 @dataclass(slots=True)
 class Slot:
-    """Where a stored tensor went: a parameter or buffer of the module, and the way back to the file's shape."""
+    """Place of a stored tensor in the module: a parameter or buffer, and the views back to the file's shape."""
 
     target: str  # name in the module
     views: tuple[View, ...]
@@ -148,6 +153,7 @@ class Slot:
     joined: Columns | Doubled | None = None  # where it is a part of the parameter: a step more
 
     def to_file(self, value: Tensor) -> Tensor:
+        """Convert a parameter's value to the shape that the tensor has in the file."""
         value = value if self.joined is None else self.joined.back(value)
         for view in reversed(self.views):
             value = view.back(value)

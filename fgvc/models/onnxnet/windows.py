@@ -1,4 +1,4 @@
-"""What convolutions and pooling share: the padding around an input."""
+"""Padding around an input, as convolutions and pooling share it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fgvc.models.onnxnet.values import Live
 def window_pads(
     a: Attributes, size: Sequence[int], kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int]
 ) -> list[tuple[int, int]]:
-    """Before and after, an axis."""
+    """Padding before and after, for each axis."""
     mode = text(a.get("auto_pad", "NOTSET"))
     if mode in ("NOTSET", ""):
         pads = list(a.get("pads", (0,) * 2 * len(kernel)))
@@ -31,7 +31,7 @@ def window_pads(
 
 
 def pad_input(b: Builder, x: Live, pads: Sequence[tuple[int, int]], value: float) -> tuple[Live, tuple[int, ...]]:
-    """The input with what a layer can't pad by itself, and what is left to the layer."""
+    """Pad the input where a layer can't do it by itself; returns the input and the padding that is left to the layer."""
     if all(before == after for before, after in pads):
         return x, tuple(before for before, _ in pads)
     return b.call(F.pad, x, [side for pair in reversed(pads) for side in pair], "constant", value), (0,) * len(pads)

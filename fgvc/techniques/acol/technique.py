@@ -16,7 +16,7 @@ from typing_extensions import override
 from fgvc.models.class_maps import dominant, normalised
 from fgvc.models.loss import cross_entropy
 from fgvc.techniques.acol.settings import AcolSettings
-from fgvc.techniques.api import Output, Technique
+from fgvc.techniques.api import MAIN, Output, Technique
 from fgvc.techniques.masks import select
 from fgvc.techniques.plan import Context, Plan
 
@@ -43,7 +43,7 @@ class Acol(Technique):
     @override
     def losses(self, outputs: Mapping[str, Output], ctx: Context) -> dict[str, Tensor]:
         """Compute `erased`; measured: `area`, the share of the map's cells that the last classifier does not see."""
-        main = outputs["main"]
+        main = outputs[MAIN]
         target, f = main.view.target, ctx.grid(main.features)
         maps = normalised(main.map(self._method))
         keep = ~select(maps, f.shape[2:], self.config.region)

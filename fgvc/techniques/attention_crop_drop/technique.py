@@ -17,7 +17,7 @@ from typing_extensions import override
 from fgvc.config.knots import ever, value_at
 from fgvc.models.class_maps import normalised
 from fgvc.models.loss import cross_entropy
-from fgvc.techniques.api import Batch, Output, Technique, View
+from fgvc.techniques.api import MAIN, Batch, Output, Technique, View
 from fgvc.techniques.attention_crop_drop.attention import BilinearAttention, pick
 from fgvc.techniques.attention_crop_drop.settings import AttentionCropDropSettings
 from fgvc.techniques.boxes import boxes_of_masks, crop, moved
@@ -25,8 +25,6 @@ from fgvc.techniques.centres import FeatureBuffer
 from fgvc.techniques.masks import erase, select, shifted
 from fgvc.techniques.plan import Context, Plan
 from fgvc.techniques.settings import Region
-
-MAIN = "main"
 
 
 class AttentionCropDrop(Technique):

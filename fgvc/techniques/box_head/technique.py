@@ -24,7 +24,7 @@ from typing_extensions import override
 
 from fgvc.config.knots import ever
 from fgvc.errors import FgvcError
-from fgvc.techniques.api import Batch, Output, Technique
+from fgvc.techniques.api import MAIN, Batch, Output, Technique
 from fgvc.techniques.box_head.settings import BoxHeadSettings
 from fgvc.techniques.boxes import inside
 from fgvc.techniques.plan import Context, Plan
@@ -69,7 +69,7 @@ class BoxHead(Technique):
     @override
     def losses(self, outputs: Mapping[str, Output], ctx: Context) -> dict[str, Tensor]:
         """Compute `box` and `confidence`; measured: `iou`, the mean over the samples that count. Nothing where none does."""
-        main = outputs["main"]
+        main = outputs[MAIN]
         rows = ctx.draw[:, 0].isfinite().nonzero()[:, 0]  # on the host: the device is not waited for
         if len(main.view.target) > 1 or not len(rows):
             return {}
@@ -90,15 +90,13 @@ class BoxHead(Technique):
 
 
 def in_crop(boxes: Tensor, geometry: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Boxes (B,4) float32 of x1, y1, x2, y2 in crops of `size` (height, width), clipped to them; and the share (B,) of each box's
-    area that lies in the crop, NaN where it is empty or not known.
+    """Map boxes (B,4) from the originals into crops of `size` (height, width), by the matrices (B,2,3) crop -> original.
 
-    From boxes (B,4) of x, y, width, height in the original, and matrices (B,2,3) crop -> original, both upright; a turned box
-    becomes the hull of its corners.
+    Returns the boxes (B,4) float32, clipped to the crops, and the share (B,) of each box's area that lies in its crop, NaN where
+    the box is empty or unknown. A turned box becomes the hull of its corners.
     """
     matrices, boxes = geometry.double(), boxes.double()
-    shares = boxes.new_tensor([[0, 0], [1, 0], [0, 1], [1, 1]])
-    corners = boxes[:, None, :2] + shares * boxes[:, None, 2:]
+    corners = boxes[:, [[0, 1], [2, 1], [0, 3], [2, 3]]]
     back = torch.linalg.inv(matrices[:, :, :2])
     placed = torch.einsum("bij,bnj->bni", back, corners - matrices[:, None, :, 2])
     hull = torch.cat([placed.amin(1), placed.amax(1)], dim=1)

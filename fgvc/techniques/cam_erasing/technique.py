@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from fgvc.config.knots import value_at
 from fgvc.models.class_maps import normalised
-from fgvc.techniques.api import Batch, Output, Technique, View
+from fgvc.techniques.api import MAIN, Batch, Output, Technique, View
 from fgvc.techniques.cam_erasing.settings import CamErasingSettings
 from fgvc.techniques.cam_erasing.store import MapStore
 from fgvc.techniques.masks import erase, select
@@ -66,7 +66,7 @@ class CamErasing(Technique):
 
     @override
     def views_after(self, batch: Batch, outputs: Mapping[str, Output], ctx: Context) -> list[View]:
-        main = outputs["main"]
+        main = outputs[MAIN]
         if self._store is not None:
             height, width = main.view.x.shape[2:]
             if len(main.view.target) == 1:

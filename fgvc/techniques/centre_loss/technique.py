@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from fgvc.techniques.api import Output, Technique
+from fgvc.techniques.api import MAIN, Output, Technique
 from fgvc.techniques.centre_loss.settings import CentreLossSettings
 from fgvc.techniques.centres import FeatureBuffer, class_sums
 from fgvc.techniques.plan import Context, Plan
@@ -36,7 +36,7 @@ class CentreLoss(Technique):
     @override
     def losses(self, outputs: Mapping[str, Output], ctx: Context) -> dict[str, Tensor]:
         """Compute `centre`, of the main view; none where its labels are mixed. Collects the features, on every rank."""
-        main = outputs["main"]
+        main = outputs[MAIN]
         x = ctx.pooled(main.features).float()
         self._buffer.add(x, main.view.target, ctx)
         if len(main.view.target) > 1:

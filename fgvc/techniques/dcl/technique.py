@@ -19,12 +19,12 @@ from typing_extensions import override
 from fgvc.config.knots import value_at
 from fgvc.errors import FgvcError
 from fgvc.models.loss import cross_entropy
-from fgvc.techniques.api import Batch, Output, Technique, View
+from fgvc.techniques.api import MAIN, Batch, Output, Technique, View
 from fgvc.techniques.dcl.jigsaw import cut, draw_jigsaws, places
 from fgvc.techniques.dcl.settings import DclSettings
 from fgvc.techniques.plan import Context, Plan
 
-MAIN, DESTROYED = "main", "dcl.destroyed"
+DESTROYED = "dcl.destroyed"
 
 
 class Dcl(Technique):

@@ -18,14 +18,12 @@ from typing_extensions import override
 from fgvc.config.knots import ever, value_at
 from fgvc.errors import FgvcError
 from fgvc.models.class_maps import dominant
-from fgvc.techniques.api import EpochStart, Output, Technique
+from fgvc.techniques.api import MAIN, EpochStart, Output, Technique
 from fgvc.techniques.distill.ensemble import TeacherEnsemble
 from fgvc.techniques.distill.losses import attention, decoupled, divergence, hint, softened
 from fgvc.techniques.distill.settings import DistillSettings
 from fgvc.techniques.plan import Context, Plan
 from fgvc.techniques.teacher import Teacher
-
-MAIN = "main"
 
 
 class Distill(Technique):
@@ -76,14 +74,14 @@ class Distill(Technique):
         if not self.teachers:
             return {}
         main, config, terms = outputs[MAIN], self.config, {}
-        wanted = {name for name, weight in self.weights.items() if value_at(weight, ctx.progress)}
+        weighted = {name for name, weight in self.weights.items() if value_at(weight, ctx.progress)}
         if "teacher_outputs" not in ctx.state:
-            ctx.state["teacher_outputs"] = self._ensemble.outputs(main, ctx, features=bool(wanted - {"kd"}))
+            ctx.state["teacher_outputs"] = self._ensemble.outputs(main, ctx, features=bool(weighted - {"kd"}))
         teacher_outputs = ctx.state["teacher_outputs"]
         with torch.autocast(main.logits.device.type, enabled=False):
             shares = [teacher.weight for teacher in config.teachers]
             log_q = softened([output.logits for output in teacher_outputs], config.temperature, shares)
-            if "kd" in wanted:
+            if "kd" in weighted:
                 log_p, target = softened([main.logits], config.temperature), main.view.target
                 whole = len(target) == 1 and target[0][1] is None
                 if config.method == "dkd" and whole:
@@ -92,10 +90,10 @@ class Distill(Technique):
                     kl = divergence(log_p, log_q)
                 terms["kd"] = config.temperature**2 * kl
             features = {number: o.features for number, o in enumerate(teacher_outputs) if o.features is not None}
-            if "attention" in wanted:
+            if "attention" in weighted:
                 f = ctx.grid(main.features).float()
                 terms["attention"] = torch.stack([attention(f, theirs) for theirs in features.values()]).mean()
-            if "hints" in wanted:
+            if "hints" in weighted:
                 regressors = {number: cast("nn.Conv2d", ctx.branches[f"hint{number}"]) for number in features}
                 hints = [hint(regressors[n], ctx.grid(main.features), theirs) for n, theirs in features.items()]
                 terms["hints"] = torch.stack(hints).mean()

@@ -30,7 +30,7 @@ def in_cells(pictures: Sequence[Tensor], split: tuple[int, int], at: Sequence[tu
 
 
 def cells(split: tuple[int, int], size: Sequence[int]) -> list[tuple[int, int, int, int]]:
-    """Boxes of the four cells that meet at `split`, x1, y1, x2, y2 in pixels."""
+    """Boxes of the four cells of an image of `size` that meet at `split`."""
     (y, x), (height, width) = split, size
     return [(0, 0, x, y), (x, 0, width, y), (0, y, x, height), (x, y, width, height)]
 

@@ -15,7 +15,7 @@ from typing_extensions import override
 from fgvc.config.knots import ever, value_at
 from fgvc.errors import FgvcError
 from fgvc.models.loss import cross_entropy
-from fgvc.techniques.api import Output, Technique
+from fgvc.techniques.api import MAIN, Output, Technique
 from fgvc.techniques.multiscale_head.asff import Asff
 from fgvc.techniques.multiscale_head.settings import WIDEST, MultiscaleHeadSettings
 from fgvc.techniques.plan import Context, Plan
@@ -63,7 +63,7 @@ class MultiscaleHead(Technique):
     @override
     def losses(self, outputs: Mapping[str, Output], ctx: Context) -> dict[str, Tensor]:
         """Compute `fused` and `each`; measured: `share_of_<stage>`, the mean weight of each stage in the fusion."""
-        main = outputs["main"]
+        main = outputs[MAIN]
         target, losses = main.view.target, {}
         maps = [ctx.grid(main.features if name == FEATURES else main.hooked[name]) for name in self._names]
         if value_at(self.config.fused, ctx.progress):

@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from fgvc.config.knots import ScheduledShare
 from fgvc.models.target import Target
-from fgvc.techniques.api import Output, Technique
+from fgvc.techniques.api import MAIN, Output, Technique
 from fgvc.techniques.centres import FeatureBuffer, class_sums
 from fgvc.techniques.plan import Context, Plan
 from fgvc.techniques.similar_smoothing.settings import SimilarSmoothingSettings
@@ -41,7 +41,7 @@ class SimilarSmoothing(Technique):
     @override
     def losses(self, outputs: Mapping[str, Output], ctx: Context) -> dict[str, Tensor]:
         """Compute `similar`, over the views that classify. Collects features for the means, on every rank."""
-        main = outputs["main"]
+        main = outputs[MAIN]
         with torch.no_grad():
             self._buffer.add(ctx.pooled(main.features).float(), main.view.target, ctx)
         means = cast("Means", ctx.branches["means"])
