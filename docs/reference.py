@@ -14,9 +14,9 @@ from pydantic import BaseModel
 from typer.main import get_command
 
 from fgvc.cli.app import DATA_VERBS, VERBS, app
+from fgvc.config.calibration import Calibration
 from fgvc.config.images import Deploy, Preprocess
 from fgvc.config.recipe import CLIP, PRETRAINED, Recipe
-from fgvc.config.runtime import Calibration
 from fgvc.config.techniques import load_object, settings_by_kind
 from fgvc.runtime.bundle import MANIFEST, OPTIONAL, REQUIRED
 

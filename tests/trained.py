@@ -61,7 +61,7 @@ def copied(run: Path, folder: Path) -> Path:
 
 @contextmanager
 def copied_at(step: int, folder: Path) -> Iterator[None]:
-    """Copy a run that trains within this as `folder`, right after it has saved the checkpoint of `step`: what a kill would leave."""
+    """Copy a run that trains within this as `folder`, right after its checkpoint of `step` is saved: what a kill would leave."""
     from fgvc.runs import checkpoint
 
     save = checkpoint.save

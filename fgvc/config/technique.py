@@ -40,20 +40,25 @@ class TechniqueSettings(Section):
 
 
 class Mixing(TechniqueSettings):
-    """Settings shared by all techniques that mix images and their labels."""
+    """Settings of a technique that mixes images and their labels. Its class has the hook `mixes`, which returns `share`."""
 
     probability: ScheduledShare = Field(
         1.0,
         description="share of the steps that mix so. A step has one mixing technique at most: where the shares of those that "
         "are on add up to more than 1, each is divided by the sum",
     )
+
+    def share(self, progress: float) -> float:
+        """Share of the steps at `progress` in [0,1) that mix so, if no other technique mixes."""
+        return value_at(self.probability, progress)
+
+
+class PairMixing(Mixing):
+    """Settings of a technique that mixes each image with others of its batch, by one draw or one an image."""
+
     per: Literal["batch", "sample"] = Field(
         "batch", description="one draw for the whole batch (the papers), or one a sample"
     )
     pairing: Literal["any", "other_class"] = Field(
         "any", description="other_class: with an image of another class where the batch has one"
     )
-
-    def share(self, progress: float) -> float:
-        """Share of the steps at `progress` in [0,1) that mix so, if no other technique mixes."""
-        return value_at(self.probability, progress)

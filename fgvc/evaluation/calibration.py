@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fgvc.config.calibration import HIGHEST, LOWEST, Calibration
 from fgvc.config.images import Ending
-from fgvc.config.runtime import HIGHEST, LOWEST, Calibration
 from fgvc.data.index import spread
 
 BINS = 15  # of the calibration error (Guo et al. 2017)

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from fgvc.config.calibration import Calibration
 from fgvc.config.images import Preprocess
-from fgvc.config.runtime import Calibration
 from fgvc.data.index import ImageIndex
 from fgvc.data.quality.colour import NATURAL, other_units
 from fgvc.errors import FgvcError

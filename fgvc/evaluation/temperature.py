@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fgvc.config.calibration import Calibration
 from fgvc.config.data import Split
 from fgvc.config.images import Ending
 from fgvc.config.loading import validate
-from fgvc.config.runtime import Calibration
 from fgvc.errors import FgvcError, NoNumbersError
 from fgvc.evaluation.calibration import FEWEST, KEEP, Calibrated, calibrate, fitting_sample, measure
 from fgvc.runs.loaded import LoadedRun, onnx_answers

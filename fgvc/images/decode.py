@@ -24,6 +24,7 @@ from fgvc.images.suffix import TGA
 from fgvc.images.upright import UPRIGHT, orientation_of, turned, turned_sides
 
 # What Pillow decodes by itself. Its full list also has formats that start other programs (EPS: ghostscript).
+RAISE_LIMIT = "; data.max_megapixels or --megapixels raise it"  # said to who runs fgvc, not to a client of its server
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "AVIF", "JPEG2000")
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +125,7 @@ def _refuse_large(image: Image.Image, limit: int, where: object) -> None:
 
 
 def _too_many(count: str, limit: int) -> str:
-    return f"too many pixels: {count} megapixels, the limit is {limit / 1e6:g}; data.max_megapixels or --megapixels raise it"
+    return f"too many pixels: {count} megapixels, the limit is {limit / 1e6:g}{RAISE_LIMIT}"
 
 
 def _read(image: Image.Image) -> Picture:

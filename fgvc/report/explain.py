@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fgvc.config.calibration import Calibration
 from fgvc.config.images import MAX_PIXELS, Preprocess
 from fgvc.config.recipe import Selected
-from fgvc.config.runtime import Calibration
 from fgvc.errors import FgvcError
 from fgvc.evaluation.temperature import calibration_without_data
 from fgvc.io.files import StrPath, as_paths

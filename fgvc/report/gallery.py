@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fgvc.config.runtime import Calibration
+from fgvc.config.calibration import Calibration
 from fgvc.data.index import decode_row
 from fgvc.data.loader import evaluation_loader
 from fgvc.errors import FgvcError, ImageError

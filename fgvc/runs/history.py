@@ -17,7 +17,7 @@ from fgvc.errors import FgvcError
 from fgvc.io.display import Display, table
 from fgvc.io.jsonl import objects
 
-COMMON_COLUMNS = ("epoch", "step", "lr", "base", "loss")  # columns of metrics.csv that are no technique's
+COMMON_COLUMNS = ("epoch", "step", "lr", "base", "l1", "loss")  # columns of metrics.csv that are no technique's
 MACHINE = ("system", "cpu", "cores", "accelerator")
 
 

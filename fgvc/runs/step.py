@@ -124,9 +124,9 @@ class StepModule(nn.Module):
     ) -> tuple[dict[str, Tensor], list[View]]:
         """Compute the losses, and return the views that they were taken on.
 
-        `batch.x` (B,3,H,W) float32 normalised. The dict holds "loss" (the scalar to minimise), "base", every named term,
-        unweighted, and what techniques measure. Given the views of an earlier call, makes none anew (SAM's second pass):
-        on_batch, views and views_after see a batch once, and `Context.second_pass` tells the other hooks.
+        `batch.x` (B,3,H,W) float32 normalised. The dict holds "loss" (the scalar to minimise), "base", every term whose
+        weight is not 0, unweighted, and what these techniques measure. Given the views of an earlier call, makes none anew (SAM's
+        second pass): on_batch, views and views_after see a batch once, and `Context.second_pass` tells the other hooks.
         Raises FgvcError where a declared hook or gate did not fire, or a technique returns an undeclared term.
         """
         eval_pass, second_pass = cache(lambda of: self._eval_pass(of, batch)), views is not None

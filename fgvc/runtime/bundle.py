@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel
 
+from fgvc.config.calibration import Calibration
 from fgvc.config.images import Preprocess
 from fgvc.config.loading import validate
-from fgvc.config.runtime import Calibration
 from fgvc.errors import FgvcError
 from fgvc.io.display import Display, Results
 from fgvc.io.files import StrPath, sync

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnxruntime
 
+from fgvc.config.calibration import Calibration
 from fgvc.config.images import Ending, NetworkFile, Preprocess
-from fgvc.config.runtime import Calibration
 from fgvc.errors import FgvcError, NoNumbersError
 from fgvc.images.address import picture
 from fgvc.images.decode import decode

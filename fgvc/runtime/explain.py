@@ -32,8 +32,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFont
 
+from fgvc.config.calibration import Calibration
 from fgvc.config.images import MAX_PIXELS, Preprocess
-from fgvc.config.runtime import Calibration
 from fgvc.errors import FgvcError, ImageError
 from fgvc.images.lettering import ADVICE, writable
 from fgvc.images.overlay import overlay

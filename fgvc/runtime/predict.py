@@ -1,4 +1,5 @@
-"""Prediction by a bundle, pictures in, answers out; and `fgvc predict`, one line a picture. onnxruntime and Pillow only."""
+"""Prediction by a bundle, pictures in, answers out, and `fgvc predict`, one line a picture; the server has no part in it.
+onnxruntime and Pillow only."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fgvc.errors import ImageError
-from fgvc.images.decode import decode
+from fgvc.images.decode import RAISE_LIMIT, decode
 from fgvc.images.overlay import overlay
 from fgvc.images.preprocess import fit
 from fgvc.runtime.explain import PREDICTED, explain_crops
@@ -37,7 +37,7 @@ from fgvc.serving.examples import Example
 from fgvc.serving.handlers import HANDLERS, broken
 from fgvc.serving.limits import FORMATS, Limits, Refusal
 from fgvc.serving.metrics import CONTENT_TYPE, Metrics, MetricsMiddleware
-from fgvc.serving.middleware import DrainMiddleware, LoadSheddingMiddleware
+from fgvc.serving.middleware import LingerMiddleware, LoadSheddingMiddleware
 from fgvc.serving.models import VERSION, LoadedModel, ModelRegistry
 from fgvc.serving.page import CSP, PAGE
 
@@ -105,7 +105,7 @@ def make_app(service: Service, *, key: str | None = None) -> ASGIApp:
         app.add_exception_handler(kind, handle)
     direct = FastPathMiddleware(app)
     inner = MetricsMiddleware(direct if key is None else ApiKeyMiddleware(direct, key), service.metrics)
-    return DrainMiddleware(LoadSheddingMiddleware(inner, service.admission, service.metrics))
+    return LingerMiddleware(LoadSheddingMiddleware(inner, service.admission, service.metrics))
 
 
 class FastPathMiddleware:
@@ -387,4 +387,4 @@ def _decode(content: bytes, limits: Limits) -> Image.Image:
     except ImageError as error:
         if error.reason == "format not accepted":
             raise Refusal(415, f"the picture is none of {', '.join(FORMATS)}") from None
-        raise Refusal(422, f"the picture can't be used: {error.reason}") from None
+        raise Refusal(422, f"the picture can't be used: {error.reason.removesuffix(RAISE_LIMIT)}") from None

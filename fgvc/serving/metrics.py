@@ -36,7 +36,7 @@ class Metrics:
         )
         self.rejected = Counter(
             "fgvc_rejected",
-            "Requests that were not computed: queue_full, memory, draining, deadline, slow, gone, out_of_memory.",
+            "Requests refused, or answered too late: queue_full, memory, draining, deadline, slow, gone, out_of_memory.",
             ("reason",),
             registry=self._registry,
         )

@@ -1,4 +1,5 @@
-"""Middleware around a refusal: at the least cost where the server is full, and so that the client sees it."""
+"""Load shedding (503 for POSTs where the server is full or stopping), and reading on after an early answer so that the client
+sees it."""
 
 from __future__ import annotations
 
@@ -17,8 +18,8 @@ _LINGER_SECONDS, _LINGER_BYTES = 2.0, 64 * MIB
 
 
 class LoadSheddingMiddleware:
-    """Middleware that refuses requests at the least cost: at five times its capacity, a server refuses four requests for each
-    that it answers."""
+    """Middleware that refuses every POST while `Admission.refusal()` has a reason. It costs little: at five times its capacity, a
+    server refuses four requests for each that it answers."""
 
     def __init__(self, app: ASGIApp, admission: Admission, metrics: Metrics) -> None:
         self._app, self._admission, self._metrics = app, admission, metrics
@@ -41,7 +42,7 @@ class LoadSheddingMiddleware:
         return self._responses[refusal.reason]
 
 
-class DrainMiddleware:
+class LingerMiddleware:
     """Middleware that reads the rest of a refused request's body, within bounds, before the connection closes: closing at once
     would reset it while the client still sends, and the answer might be lost."""
 
@@ -62,7 +63,7 @@ class DrainMiddleware:
             unread = unread and message["type"] == "http.request" and bool(message.get("more_body", False))
             return message
 
-        async def send_and_drain(message: Message) -> None:
+        async def send_and_linger(message: Message) -> None:
             nonlocal closing
             if message["type"] == "http.response.start":
                 closing = unread and (chunked or rest > _SMALL or message["status"] == 408)
@@ -70,11 +71,11 @@ class DrainMiddleware:
                     message = {**message, "headers": [*message.get("headers", []), (b"connection", b"close")]}
             elif closing and not message.get("more_body", False):
                 await send({**message, "more_body": True})
-                await drain()
+                await linger()
                 message = {"type": "http.response.body", "body": b""}
             await send(message)
 
-        async def drain() -> None:
+        async def linger() -> None:
             size = 0
             try:
                 async with asyncio.timeout(_LINGER_SECONDS):
@@ -83,4 +84,4 @@ class DrainMiddleware:
             except TimeoutError:
                 pass
 
-        await self._app(scope, receive_counted, send_and_drain)
+        await self._app(scope, receive_counted, send_and_linger)

@@ -93,7 +93,7 @@ def _config(app: ASGIApp, settings: Settings) -> uvicorn.Config:
     return uvicorn.Config(
         app, http=partial(BoundedHttpProtocol, seconds=settings.limits.stall_seconds),  # type: ignore[arg-type]
         loop="asyncio", ws="none", lifespan="off", log_config=None, access_log=False, server_header=False,
-        proxy_headers=False, timeout_keep_alive=_KEEP_ALIVE, timeout_graceful_shutdown=3,  # more than DrainMiddleware takes
+        proxy_headers=False, timeout_keep_alive=_KEEP_ALIVE, timeout_graceful_shutdown=3,  # more than LingerMiddleware takes
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
 _HEAD_BYTES = 64 << 10  # of a request's line and headers
-_UNREAD_BYTES = 512 << 10  # of a body, for a moment: the application is waiting for them
+_UNREAD_BYTES = 512 << 10  # of a body that the application has not taken yet: beyond it reading pauses
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
@@ -27,14 +27,16 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         """Bounds: `seconds` for a request's headers, and for the rest of one that has its answer already."""
         super().__init__(config, server_state, app_state, **others)
         self._seconds = seconds
-        self._due: asyncio.TimerHandle | None = None
+        self._timer: asyncio.TimerHandle | None = None
         self._data = b""  # what just arrived
-        self._in_head = self._fresh = self._ended = False  # of the request; of what just arrived
+        self._in_head = False  # the headers are not whole yet
+        self._fresh = False  # what just arrived began or ended a head
+        self._ended = False  # what just arrived ended a request
         self._head = self._pieces = 0  # bytes: of names and values so far; of what arrived for a head that is not whole
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._due = self.loop.call_later(self._seconds, transport.abort)
+        self._timer = self.loop.call_later(self._seconds, transport.abort)
 
     def data_received(self, data: bytes) -> None:
         self._data, self._fresh, self._ended = data, False, False
@@ -44,13 +46,13 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             if self._pieces > _HEAD_BYTES:  # httptools keeps the pieces of one name or value to itself
                 return self.send_400_response("The headers are too long.")
         # uvicorn stops its own clock whatever arrives: empty lines, or the rest of a body that was refused.
-        if self._due is None and (self.cycle is None or self.cycle.response_complete):
+        if self._timer is None and (self.cycle is None or self.cycle.response_complete):
             seconds = self.timeout_keep_alive if self._ended else self._seconds
-            self._due = self.loop.call_later(seconds, self.transport.abort)
+            self._timer = self.loop.call_later(seconds, self.transport.abort)
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._unset()
+        self._cancel_timer()
         self._in_head, self._fresh, self._ended = True, True, False
         self._head = self._pieces = 0
 
@@ -70,7 +72,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if self.parser.get_http_version() == "1.1" and all(name != b"host" for name, _ in self.headers):
             raise ValueError("no host")
         self._in_head, self._fresh = False, True
-        self._unset()
+        self._cancel_timer()
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
@@ -110,7 +112,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._unset()
+        self._cancel_timer()
         super().connection_lost(exc)
 
     def _count(self, size: int) -> None:
@@ -119,7 +121,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if self._head > _HEAD_BYTES:
             raise ValueError("the headers are too long")
 
-    def _unset(self) -> None:
-        if self._due is not None:
-            self._due.cancel()
-            self._due = None
+    def _cancel_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fgvc.config.calibration import Calibration
 from fgvc.config.data import Split
-from fgvc.config.runtime import Calibration
 from fgvc.data.index import spread
 from fgvc.data.loader import evaluation_loader
 from fgvc.errors import FgvcError

@@ -113,7 +113,7 @@ class Draws:
     """All random and scheduled values of one step, fixed before the forward so that nothing depends on the order of calls:
     recomputation under activation checkpointing and SAM's second pass read the same numbers."""
 
-    progress: float  # share of the training that is done, in [0, 1)
+    progress: float  # share of the training that is done, in [0, 1); 1 in an evaluation
     of: Mapping[str, Any] = field(default_factory=dict)  # by technique: the value of its `draw`
     state: dict[str, dict[str, Any]] = field(default_factory=dict)  # by technique: see `Context.state`
 

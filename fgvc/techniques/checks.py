@@ -42,7 +42,10 @@ def call(kind: str, hook: str, method: Callable[..., Any], *arguments: Any) -> A
     ):
         raise FgvcError(f"techniques.{kind}: on_sample returned {_shown(result)}; return the image, (H,W,3) uint8")
     if hook == "mixes" and not (isinstance(result, int | float) and 0 <= result <= 1):
-        raise FgvcError(f"techniques.{kind}: mixes returned {_shown(result)}; return a share of the steps, from 0 to 1")
+        raise FgvcError(
+            f"techniques.{kind}: mixes returned {_shown(result)}; return a share of the steps, from 0 to 1, such as "
+            "settings.share(progress)"
+        )
     return result
 
 
@@ -170,11 +173,15 @@ def require_views(kind: str, views: object, batch: Batch) -> list[View]:
     target or weight can't be."""
     if not isinstance(views, list | tuple):
         raise FgvcError(f"techniques.{kind}: its views are {_shown(views)}; return a list of View, [] for none")
+    names = set[str]()
     for view in views:
         if not isinstance(view, View):
             raise FgvcError(f"techniques.{kind}: one of its views is {_shown(view)}; make it by View(name, x, target)")
         view.name = view.name if view.name.startswith(f"{kind}.") else f"{kind}.{view.name}"
         where = f"techniques.{kind}: the view {view.name!r}"
+        if view.name in names:
+            raise FgvcError(f"{where} is there twice; give each a name of its own")
+        names.add(view.name)
         if not isinstance(view.weight, int | float) or not view.weight >= 0:
             raise FgvcError(
                 f"{where} has the weight {_shown(view.weight)}; give a number of at least 0, by value_at(weight, ctx.progress) "

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import override
 
-from fgvc.config.technique import Mixing
+from fgvc.config.technique import PairMixing
 from fgvc.models.target import Target
 from fgvc.techniques.api import Batch, Technique
 from fgvc.techniques.boxes import area_share, inside
@@ -27,9 +27,9 @@ class MixingTechnique(Technique):
     A subclass narrows `config`.
     """
 
-    config: Mixing
+    config: PairMixing
 
-    def __init__(self, config: Mixing) -> None:
+    def __init__(self, config: PairMixing) -> None:
         self.config = config
 
     @override

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from fgvc.config.section import Section
-from fgvc.config.technique import TechniqueSettings
+from fgvc.config.technique import Mixing, TechniqueSettings
 from fgvc.config.techniques import enabled_techniques, in_words, load_object
 from fgvc.errors import FgvcError
-from fgvc.techniques.api import Technique
+from fgvc.techniques.api import Technique, overrides
 from fgvc.techniques.checks import naming
 
 
@@ -26,4 +26,6 @@ def build_technique(settings: TechniqueSettings) -> Technique:
         technique = factory(settings)
     if not isinstance(technique, Technique):
         raise FgvcError(f"{where} is no Technique (fgvc.techniques.api), but a {type(technique).__name__}")
+    if isinstance(settings, Mixing) and not overrides(technique, "mixes"):
+        raise FgvcError(f"{where} has no hook `mixes`, so it would mix in every step; let it return settings.share(progress)")
     return technique

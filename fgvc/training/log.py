@@ -51,7 +51,7 @@ class Events:
         write_atomic(self.run / "metrics.csv", as_csv(lines))
 
     @contextmanager
-    def watched(self, recipe: Recipe, step: int | None = None) -> Iterator[None]:
+    def tracked(self, recipe: Recipe, step: int | None = None) -> Iterator[None]:
         """Keep the trackers of `log.to` open, and tell them how the run ends; `step`: the last one of a run that goes on."""
         if not self.active:
             yield

@@ -25,8 +25,8 @@ class RunningMeans:
             if value.device.type != "mps":
                 value = value.double()
             finite = value.isfinite()
-            self._sums[name] = self._sums.get(name, 0) + torch.where(finite, value, 0)
-            self._counts[name] = self._counts.get(name, 0) + finite.long()
+            self._sums[name] = _continued(self._sums.get(name), torch.where(finite, value, 0))
+            self._counts[name] = _continued(self._counts.get(name), finite.long())
 
     def undefined(self) -> list[str]:
         """Return the scalars that were finite in no step. Waits for the device."""
@@ -46,3 +46,8 @@ class RunningMeans:
         """Return the mean of each scalar. Waits for the device."""
         sums, counts = self.read()
         return {name: value / counts[name] for name, value in sums.items()}
+
+
+def _continued(sum_so_far: Tensor | None, value: Tensor) -> Tensor:
+    """Add a step's value, in its type and on its device: a sum that was restored is of another."""
+    return value if sum_so_far is None else sum_so_far.to(value) + value

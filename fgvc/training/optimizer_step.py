@@ -25,7 +25,7 @@ def optimizer_step(session: Session, micro_batches: Iterator[TrainBatch], events
     count, sam = recipe.train.grad_accum_steps, recipe.optim.sam
     first_pass: list[tuple[Mapping[str, Any], Batch, Draws, list[View]]] = []
     session.optimizer.zero_grad(set_to_none=True)
-    session.watch.begin()
+    session.finite_check.forget_step()
     losses_by_term: dict[str, list[Tensor]] = {}
     images = 0
     for number in range(count):
@@ -34,9 +34,9 @@ def optimizer_step(session: Session, micro_batches: Iterator[TrainBatch], events
             events.say(f"skipped from now on: {error}")
             events.write("unreadable", path=error.path, reason=error.reason)
         batch = to_batch(raw, session.normalise, session.train_size)
-        progress = session.progress.step / (session.steps_per_epoch * recipe.train.epochs)
+        share_done = session.progress.step / (session.steps_per_epoch * recipe.train.epochs)
         draws = step.draw(
-            batch, progress, seed=recipe.train.seed, step=session.progress.step, micro_batch=number, rank=process.rank
+            batch, share_done, seed=recipe.train.seed, step=session.progress.step, micro_batch=number, rank=process.rank
         )
         if sam is None:
             losses, _ = forward_backward(session, batch, draws, last=number == count - 1)
@@ -52,7 +52,7 @@ def optimizer_step(session: Session, micro_batches: Iterator[TrainBatch], events
             for number, (state, batch, draws, views) in enumerate(first_pass):
                 set_rng_state(state, process.device)  # the net's own dropout draws the same
                 uphill, _ = forward_backward(session, batch, draws, views, last=number == count - 1)
-                session.watch.uphill.append(uphill["loss"].detach())
+                session.finite_check.uphill.append(uphill["loss"].detach())
     if recipe.optim.clip_grad is not None:
         session.scaler.unscale_(session.optimizer)
         torch.nn.utils.clip_grad_norm_(step.parameters(), recipe.optim.clip_grad)

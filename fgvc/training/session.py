@@ -38,12 +38,12 @@ from fgvc.techniques.teacher import ProbedNet
 from fgvc.training.automatic import settle, settled_process
 from fgvc.training.batch import Normalise
 from fgvc.training.building import build_optimizer, first_weights, teacher_loader
+from fgvc.training.finite_check import FiniteCheck
 from fgvc.training.images import Notify, training_index, training_loader
 from fgvc.training.kept_rows import keep_rows
 from fgvc.training.means import RunningMeans
 from fgvc.training.optim import make_ema, make_schedule, make_swa
 from fgvc.training.teachers import TeacherUse
-from fgvc.training.watch import FiniteCheck
 
 
 def _overlap_doubts(recipe: Recipe, index: ImageIndex) -> list[str]:
@@ -90,7 +90,7 @@ class Session:
     scaler: torch.amp.GradScaler
     ema: ModelEmaV3 | None
     swa: AveragedModel | None
-    watch: FiniteCheck
+    finite_check: FiniteCheck
     progress: Progress
     starts: Mapping[str, Tensor]  # where `optim.l2_sp` draws parameters of `step` to
     pretrained: tuple[str, ...]  # parameters of `step` whose values were those of `model.weights` when the run began
@@ -310,7 +310,7 @@ def open_session(
         scaler=scaler,
         ema=ema,
         swa=swa,
-        watch=FiniteCheck(step, average, scaler),
+        finite_check=FiniteCheck(step, average, scaler),
         progress=Progress(),
         starts=starts,
         pretrained=built.pretrained,

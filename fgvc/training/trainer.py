@@ -45,6 +45,7 @@ from fgvc.runs.record import Record
 from fgvc.runs.trackers import refuse_missing
 from fgvc.runs.weights import preprocess_fault
 from fgvc.training.epoch_start import epoch_start
+from fgvc.training.finite_check import TERM, not_finite_error, refuse_not_finite, state_tensors
 from fgvc.training.floor import Floor, fit_floor, floor_comparison, floor_head, put_floor_head
 from fgvc.training.interruption import advice_on_failure, interruptible
 from fgvc.training.log import Events
@@ -57,7 +58,6 @@ from fgvc.training.settle import few_words, settle_best
 from fgvc.training.sheet import sample_sheet
 from fgvc.training.start import fit_teachers, fit_unfolded
 from fgvc.training.validate import score, start_doubt
-from fgvc.training.watch import TERM, not_finite_error, refuse_not_finite, state_tensors
 
 
 def train(recipe: Recipe, out: Path, *, resume: str = "auto", overwrite: bool = False, recorded: bool = False) -> Path:
@@ -108,7 +108,7 @@ def _train(recipe: Recipe, out: Path, *, resume: str, overwrite: bool, recorded:
         built = open_session(recipe, process, **resumed, notify=events.say, out=out)
         with advice_on_failure(recipe, out), built as session:
             _begin_or_resume(session, out, events, goes_on=status == "on")
-            stack.enter_context(events.watched(session.recipe, session.progress.step if status == "on" else None))
+            stack.enter_context(events.tracked(session.recipe, session.progress.step if status == "on" else None))
             _describe(session, events)
             if status == "new":
                 events.trackers.picture("samples", lambda: sample_sheet(session), 0)
@@ -120,7 +120,7 @@ def _say_finished(recipe: Recipe, out: Path, events: Events) -> None:
     """Report that the run is finished, and write what it lacks if it was killed after its last checkpoint."""
     progress = checkpoint.read_progress(out / "ckpt", say=events.say)
     if events.active and not logged_finished(out):
-        with events.watched(recipe, progress.step):
+        with events.tracked(recipe, progress.step):
             settle_best(out, recipe)
             _end(out, events, progress, recipe)
     advice = f"To go on raise {end_setting(recipe, progress)}; to lose it give --overwrite"
@@ -260,14 +260,14 @@ def _steps(session: Session, events: Events) -> Iterator[tuple[dict[str, Tensor]
 def _check_step(session: Session, losses: Mapping[str, Tensor], out: Path) -> None:
     """Raise FgvcError on all processes where the loss, the gradients or what the step has moved are not finite on one, or where
     fp16 skips every step. A step waits for this value: none may go on, or be saved, with numbers that are none."""
-    watched = session.watch.tensors(losses["loss"])
+    watched = session.finite_check.tensors(losses["loss"])
     if session.process.anywhere(suspicious(watched.values())):
         measures = {f"{kind}.{name}" for kind, technique in session.step.techniques.items() for name in technique.measures}
         terms = {f"{TERM}{name}": value for name, value in losses.items() if name not in {"loss", *measures}}
         of_loss = {"the loss": losses["loss"]} | ({} if losses["loss"].isfinite() else terms)
         _check_finite(session, out, of_loss | watched, f"step {session.progress.step}")
     step = session.progress.step
-    if reason := session.watch.skipped(step, last=step >= session.total_steps):
+    if reason := session.finite_check.skipped(step, last=step >= session.total_steps):
         raise not_finite_error(reason, out=out, recipe=session.recipe)
 
 
@@ -311,7 +311,7 @@ def _end_epoch(session: Session, out: Path, events: Events) -> None:
         session.reestimate_norms()
     if session.epoch_done:
         session.average_epoch()
-    _check_finite(session, out, session.watch.tensors(), f"the end of epoch {progress.epoch + 1}, step {progress.step}")
+    _check_finite(session, out, session.finite_check.tensors(), f"the end of epoch {progress.epoch + 1}, step {progress.step}")
     due = last or (progress.epoch + 1) % session.recipe.train.validate_every == 0
     scores = score(session, out) if due else None
     scores = scores if session.validated else None

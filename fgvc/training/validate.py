@@ -15,8 +15,8 @@ from fgvc.data.loader import evaluation_loader
 from fgvc.errors import NoNumbersError
 from fgvc.evaluation.metrics import Scores, evaluate
 from fgvc.models.backbone import memory_format
+from fgvc.training.finite_check import not_finite_error
 from fgvc.training.session import Session
-from fgvc.training.watch import not_finite_error
 
 CHECKED_IMAGES = 64  # training images that a net without a validation split is checked on
 FAR_FACTOR = 1.2  # times ln K: a start whose cross-entropy is above that is worse than no answer

@@ -11,8 +11,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from fgvc.config.calibration import Calibration
 from fgvc.config.images import Preprocess
-from fgvc.config.runtime import Calibration
 from fgvc.runtime.bundle import Bundle, load_bundle, write_bundle
 
 ROOT = Path(__file__).parents[2]

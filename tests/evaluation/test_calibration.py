@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from fgvc.config.runtime import HIGHEST, LOWEST
+from fgvc.config.calibration import HIGHEST, LOWEST
 from fgvc.evaluation.calibration import (
     BINS,
     FEWEST,

@@ -15,8 +15,8 @@ from PIL import Image
 from fgvc import api
 from fgvc.cli import show
 from fgvc.cli.app import main
+from fgvc.config.calibration import Calibration
 from fgvc.config.images import Preprocess
-from fgvc.config.runtime import Calibration
 from fgvc.errors import FgvcError
 from fgvc.evaluation.side import open_sides
 from fgvc.report.compare import write_page

@@ -18,9 +18,9 @@ from PIL import Image
 
 from fgvc import api
 from fgvc.cli.app import main
+from fgvc.config.calibration import Calibration
 from fgvc.config.loading import validate
 from fgvc.config.recipe import Recipe
-from fgvc.config.runtime import Calibration
 from fgvc.errors import FgvcError
 from fgvc.exporting.onnx import explain_model, export_onnx, serialised
 from fgvc.images.decode import decode

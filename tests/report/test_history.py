@@ -42,7 +42,7 @@ def test_a_run_that_goes_on_is_not_finished_and_one_that_never_began_has_no_past
 
 def test_columns_of_techniques_and_the_command_for_a_shell(tmp_path: Path) -> None:
     table = (
-        "epoch,step,lr,base,dcl.location,acol.erased,dcl.destroyed,loss,val_top1,val_loss\n1,5,0.1,2,0.1,0.2,0.3,3,,\n"
+        "epoch,step,lr,base,dcl.location,acol.erased,dcl.destroyed,l1,loss,val_top1,val_loss\n1,5,0.1,2,0.1,0.2,0.3,0.4,3,,\n"
     )
     words = ["train", "my recipe.yaml", "data.root=a&b"]
     machine = {"command": words, "cpu": "X", "cores": 2, "torch": "2", "onnx": None}

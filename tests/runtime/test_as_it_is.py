@@ -19,8 +19,8 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from fgvc import api
+from fgvc.config.calibration import Calibration
 from fgvc.config.images import Preprocess
-from fgvc.config.runtime import Calibration
 from fgvc.errors import FgvcError
 from fgvc.exporting.triton import config
 from fgvc.runtime.bundle import load_bundle, write_bundle

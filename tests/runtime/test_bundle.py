@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto
 
+from fgvc.config.calibration import Calibration
 from fgvc.config.images import Preprocess
-from fgvc.config.runtime import Calibration
 from fgvc.errors import FgvcError
 from fgvc.runtime import bundle as bundles
 from fgvc.runtime.bundle import MANIFEST, load_bundle, refuse_target, write_bundle

@@ -11,8 +11,8 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from fgvc.cli.app import main
+from fgvc.config.calibration import Calibration
 from fgvc.config.images import Preprocess
-from fgvc.config.runtime import Calibration
 from fgvc.errors import FgvcError
 from fgvc.runtime.bundle import Bundle, load_bundle, write_bundle
 from fgvc.runtime.engine import Engine, OnnxSession, available_cpus, softmax

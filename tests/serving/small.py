@@ -18,8 +18,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
+from fgvc.config.calibration import Calibration
 from fgvc.config.images import Preprocess
-from fgvc.config.runtime import Calibration
 from fgvc.runtime.bundle import write_bundle
 from fgvc.serving.admission import Admission
 from fgvc.serving.app import Service, make_app

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fgvc.config.runtime import Calibration
+from fgvc.config.calibration import Calibration
 from fgvc.errors import FgvcError
 from fgvc.runtime.engine import Engine
 from fgvc.serving.api_key import read_key
@@ -187,13 +187,14 @@ def test_bytes_that_are_no_usable_picture_are_refused(shared: Service) -> None:
         (good[: len(good) // 2], 422, "can't be used"),
         (good[:20], 415, "none of"),
         (bomb(7100, 7100), 422, "too many pixels"),
-        (bomb(20000, 20000), 422, "too many pixels"),
+        (bomb(20000, 20000), 422, "too many pixels: 400 megapixels, the limit is 50"),
         (b"x" * (11 << 20), 413, "more than"),
     ):
         for route in ("/v1/classify", "/v1/explain"):
             response = ask(shared, "POST", route, content=content)
             assert response.status_code == status, (content[:20], response.text)
             assert message in response.json()["error"], (content[:20], response.text)
+            assert "data." not in response.json()["error"], "a recipe's key is none of the client's"
 
 
 def test_bytes_without_a_declared_length_are_cut_off_while_they_come(tmp_path: Path) -> None:
@@ -209,7 +210,7 @@ def test_bytes_without_a_declared_length_are_cut_off_while_they_come(tmp_path: P
     response = ask(small, "POST", "/v1/classify", content=endless())
     assert (response.status_code, response.headers.get("connection")) == (413, "close")
     assert small.bodies.bytes == 0
-    # What is not read is swallowed, so that the client reads its answer; see middleware.DrainMiddleware.
+    # What is not read is swallowed, so that the client reads its answer; see middleware.LingerMiddleware.
     assert sent < 65 << 20
 
 

@@ -14,7 +14,7 @@ from timm import create_model
 from torch import Tensor, nn
 from typing_extensions import override
 
-from fgvc.config.technique import TechniqueSettings
+from fgvc.config.technique import Mixing, TechniqueSettings
 from fgvc.errors import FgvcError
 from fgvc.runs.step import StepModule
 from fgvc.techniques.api import Batch, Output, Technique, View
@@ -182,6 +182,7 @@ def test_a_name_of_a_module_is_given_once_and_without_dots(names: tuple[str, ...
         (lambda b: [View("v", b.x, [(b.labels, 0.5)])], r"a target is a list of pairs"),
         (lambda b: [View("v", b.x, b.target, weight=((0.0, 1.0),))], r"value_at\(weight, ctx\.progress\)"),
         (lambda b: [View("v", b.x, b.target, weight=-1)], r"weight -1; give a number of at least 0"),
+        (lambda b: [View("v", b.x, b.target), View("v", b.x, b.target)], r"the view 'blank\.v' is there twice; give each a name"),
         (lambda b: [View("v", b.x[..., :16], b.target)], r"images of \(32, 16\) pixels and shares the forward"),
     ],
 )
@@ -321,3 +322,13 @@ def test_a_class_that_can_not_be_made_is_named(
         build_technique(settings)
     assert re.search(message, "\n".join([str(caught.value), *getattr(caught.value, "__notes__", [])]))
     assert "techniques.made" in "\n".join([str(caught.value), *getattr(caught.value, "__notes__", [])])
+
+
+def test_settings_of_a_mixer_need_a_class_that_says_when_it_mixes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the hook it would mix in every step, whatever its `probability`, and beside another one."""
+    code = "from fgvc.techniques.api import Technique\nclass T(Technique):\n    def __init__(self, settings): ..."
+    (tmp_path / "mixer_without.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    settings = type("Settings", (Mixing,), {"technique": "mixer_without:T"})(kind="made")
+    with pytest.raises(FgvcError, match=r"techniques\.made: mixer_without:T has no hook `mixes`.*settings\.share\(progress\)"):
+        build_technique(settings)

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import runpy
 import subprocess
 import sys
 import tomllib
@@ -141,6 +142,16 @@ def test_the_blurred_box_is_where_it_was_drawn_and_a_perfect_head_has_no_loss(ra
     assert facts["terms"]["accuracy"] == 1
     assert facts["terms"]["where"] < 1e-6
     assert facts["off"] == [0, 0]
+
+
+def test_the_test_of_the_page_passes_and_the_wrong_share_fails_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "examples/technique_plugin")
+    file = ROOT / "examples/technique_plugin/tests/test_resize_mix.py"
+    test = runpy.run_path(str(file))["test_labels_have_the_shares_of_the_pixels"]
+    test()
+    monkeypatch.setattr("fgvc_resize_mix.technique.mixed_target", lambda target, sources: target)
+    with pytest.raises(AssertionError):
+        test()
 
 
 def test_its_head_is_trained_and_logged_and_saved_beside_the_net(ran: tuple[Path, str]) -> None:

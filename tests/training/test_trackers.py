@@ -205,7 +205,7 @@ def test_an_export_says_that_its_tracker_is_gone(tmp_path: Path, monkeypatch: py
 
 def test_other_ranks_than_the_first_log_nothing(tmp_path: Path, recipe_tree: dict) -> None:
     events = Events(tmp_path, Log(to="tensorboard"), active=False)  # type: ignore[arg-type]
-    with events.watched(recipe(recipe_tree, log={"to": "tensorboard"})):
+    with events.tracked(recipe(recipe_tree, log={"to": "tensorboard"})):
         assert not events.trackers
         events.write("validated", step=0, val_top1=0.5)
     assert list(tmp_path.iterdir()) == []

@@ -6,10 +6,10 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from fgvc.config.technique import Mixing
+from fgvc.config.technique import PairMixing
 
 
-class CutmixSettings(Mixing):
+class CutmixSettings(PairMixing):
     """Put a box of another image into each."""
 
     technique: ClassVar[str] = "fgvc.techniques.cutmix.technique:Cutmix"

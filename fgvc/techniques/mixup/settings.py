@@ -6,10 +6,10 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from fgvc.config.technique import Mixing
+from fgvc.config.technique import PairMixing
 
 
-class MixupSettings(Mixing):
+class MixupSettings(PairMixing):
     """Mix each image with another one of its batch."""
 
     technique: ClassVar[str] = "fgvc.techniques.mixup.technique:Mixup"

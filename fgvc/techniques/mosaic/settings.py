@@ -7,10 +7,10 @@ from typing import ClassVar, Literal
 from pydantic import Field, field_validator
 
 from fgvc.config.section import ShareRange
-from fgvc.config.technique import Mixing
+from fgvc.config.technique import PairMixing
 
 
-class MosaicSettings(Mixing):
+class MosaicSettings(PairMixing):
     """Put each image and three others together into one."""
 
     technique: ClassVar[str] = "fgvc.techniques.mosaic.technique:Mosaic"

@@ -6,10 +6,10 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from fgvc.config.technique import Mixing
+from fgvc.config.technique import PairMixing
 
 
-class SaliencymixSettings(Mixing):
+class SaliencymixSettings(PairMixing):
     """Put a box around the most salient place of another image into each, at the same place."""
 
     technique: ClassVar[str] = "fgvc.techniques.saliencymix.technique:Saliencymix"

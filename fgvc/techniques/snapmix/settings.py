@@ -6,11 +6,11 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from fgvc.config.technique import Mixing
+from fgvc.config.technique import PairMixing
 from fgvc.techniques.settings import AnyMethod
 
 
-class SnapmixSettings(Mixing):
+class SnapmixSettings(PairMixing):
     """Put a piece of another image into each; labels by their share of the class maps, not of the area."""
 
     technique: ClassVar[str] = "fgvc.techniques.snapmix.technique:Snapmix"

@@ -36,7 +36,7 @@ class FiniteCheck:
         averaged = {} if average is None else average.state_dict(keep_vars=True)
         self._lasting = self._moved | {f"average.{name}": value for name, value in averaged.items()}
 
-    def begin(self) -> None:
+    def forget_step(self) -> None:
         """Forget the losses and logits of the step before."""
         self.uphill.clear()
         self.step.eval_logits.clear()

@@ -15,8 +15,8 @@ LOWEST, HIGHEST = 0.05, 20.0  # bounds of the fitted temperature; at a bound the
 class Calibration(Section):
     """Temperature and rejection threshold of a run or bundle, and the figures of their fit.
 
-    p = softmax(logits / temperature); the answer is "none of these" if the largest p is below `threshold`. Figures `after` are
-    cross-fitted."""
+    p = softmax(logits / temperature), or its sigmoid where the file ends with one; the answer is "none of these" if the largest p
+    is below `threshold`. Figures `after` are cross-fitted."""
 
     temperature: float = Field(ge=LOWEST, le=HIGHEST, allow_inf_nan=False, description="divides the logits before the softmax")
     threshold: Share = Field(description="0: rejects nothing")

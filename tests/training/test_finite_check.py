@@ -24,8 +24,8 @@ from fgvc.runs.step import StepModule
 from fgvc.techniques.centre_loss.technique import CentreLoss
 from fgvc.training import optimizer_step as training_step
 from fgvc.training import trainer as loop
+from fgvc.training.finite_check import state_tensors
 from fgvc.training.session import Session
-from fgvc.training.watch import state_tensors
 from tests.processes import script
 
 NAN, INF = float("nan"), float("inf")
@@ -343,7 +343,7 @@ from types import SimpleNamespace
 from fgvc.evaluation.metrics import evaluate
 from fgvc.training.optim import Optim
 from fgvc.runs.distributed import ProcessGroup
-from fgvc.training.watch import refuse_not_finite
+from fgvc.training.finite_check import refuse_not_finite
 from fgvc.errors import FgvcError
 
 
