@@ -32,6 +32,7 @@ from fgvc.errors import FgvcError
 from fgvc.runs.environment import environment
 from fgvc.runs.folder import read_run
 from fgvc.techniques.api import HOOKS, Batch, EpochStart, Output, Technique, View
+from fgvc.techniques.mixing import mixed_target
 from fgvc.techniques.plan import Context, Plan
 from fgvc.techniques.registry import build_technique
 
@@ -149,7 +150,8 @@ def test_the_test_of_the_page_passes_and_the_wrong_share_fails_it(monkeypatch: p
     file = ROOT / "examples/technique_plugin/tests/test_resize_mix.py"
     test = runpy.run_path(str(file))["test_labels_have_the_shares_of_the_pixels"]
     test()
-    monkeypatch.setattr("fgvc_resize_mix.technique.mixed_target", lambda target, sources: target)
+    swapped = "fgvc_resize_mix.technique.mixed_target"
+    monkeypatch.setattr(swapped, lambda target, sources: mixed_target(target, [(of, 1 - share) for of, share in sources]))
     with pytest.raises(AssertionError):
         test()
 
