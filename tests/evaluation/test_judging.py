@@ -14,6 +14,7 @@ from fgvc import api
 from fgvc.cli import show
 from fgvc.cli.app import main
 from fgvc.config.data import FolderData
+from fgvc.config.loading import validate
 from fgvc.config.recipe import Recipe
 from fgvc.data.beside import with_folder
 from fgvc.data.sources.read import read_source
@@ -232,3 +233,13 @@ def test_a_folder_beside_a_set_has_its_classes(tmp_path: Path) -> None:
     assert len(joined.rows("test")) == 6, "what fgvc drew is learned from"
     assert {joined.classes[label] for label in joined.labels[-6:]} == {"red", "green"}
     assert all(joined.path(row).is_file() for row in range(len(joined)))
+
+
+def test_the_images_of_a_run_that_is_no_side(once: Once, recipe_tree: dict) -> None:
+    run = once.run(validate(Recipe, recipe_tree, where="test"))
+    bundle = once.bundle(run)
+    by_name, by_side = api.compare(bundle, bundle, data=str(run)), api.compare(run, bundle)
+    assert by_name.paired.images == by_side.paired.images == 12
+    assert np.array_equal(by_name.predicted[1], by_side.predicted[1])
+    assert by_name.split == by_side.split == "val"
+    assert api.compare(bundle, bundle, data=str(run), split="test").split == "test"
