@@ -210,13 +210,13 @@ def _ladders(task: Task, timings: Mapping[str, Timing]) -> list[tuple[tuple[str,
     taught_rung = (TAUGHT,) if TAUGHT in timings else ()
     tuned = (TEACHER,) if TEACHER in timings else ()
     first = taught_rung or (timed[0],)
-    return [
+    rich = [
         ((BASE, *timed, *taught_rung, *tuned, STUDENT, FINAL, PLAIN), 12),
         ((BASE, *timed, *taught_rung, STUDENT, FINAL, PLAIN), 8),
-        ((BASE, *timed, *taught_rung, FINAL, PLAIN), 8),
-        ((BASE, STUDENT, FINAL, PLAIN), 3) if task.unlabelled else ((BASE, *first, FINAL, PLAIN), 6),
-        ((BASE, FINAL), 1),
     ]
+    if task.unlabelled:  # which are for a student alone: another rung beside it comes after that
+        return [*rich, ((BASE, STUDENT, FINAL, PLAIN), 3), ((BASE, FINAL), 1)]
+    return [*rich, ((BASE, *timed, *taught_rung, FINAL, PLAIN), 8), ((BASE, *first, FINAL, PLAIN), 6), ((BASE, FINAL), 1)]
 
 
 @dataclass(frozen=True, slots=True)

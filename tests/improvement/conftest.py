@@ -99,7 +99,8 @@ def planned(request: Request, out: Path, *others: str, step: float = 0.01) -> Pl
     """Look, and fix a plan of the plain recipe and of `others` that cost the same, by figures instead of a clock."""
     task = look(request, out, lambda line: None)
     timing = Timing(start=5, step=step, batch=32, look=0.001, peak_bytes=10**8, device="cpu")
-    plan = plan_ladder(task, dict.fromkeys((BASE, *others), timing), budget=request.budget, spent=10, slots=2)
+    timings = dict.fromkeys((BASE, *others), timing)
+    plan = plan_ladder(task, timings, budget=request.budget, spent=10, slots=2, search=request.search)
     (out / "plan.json").write_text(as_json(plan.record))
     (out / "clock.json").write_text('{"seconds": 10}')
     return plan

@@ -92,6 +92,9 @@ def test_the_deployed_file_itself_teaches_at_a_larger_size_and_where_flips_cost(
 def test_images_without_labels_are_for_a_student() -> None:
     plan = plan_ladder(replace(task(), unlabelled=("a.png",) * 50), timings(), budget=1200, spent=60, slots=2)
     assert names(plan) == [BASE, STUDENT, FINAL, PLAIN]
+    for budget in range(1200, 14400, 600):  # whoever gives them wants them learned from, before any other rung
+        plan = plan_ladder(replace(task(), unlabelled=("a.png",) * 50), timings(), budget=budget, spent=60, slots=2)
+        assert STUDENT in names(plan), budget
 
 
 def test_a_larger_net_at_hand_teaches_and_is_tuned_where_there_is_time() -> None:
