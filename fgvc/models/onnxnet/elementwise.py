@@ -7,6 +7,7 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
 from onnx import TensorProto
@@ -29,11 +30,14 @@ BINARY: dict[str, Callable[..., Tensor]] = {
     "Less": torch.lt, "Greater": torch.gt, "LessOrEqual": torch.le, "GreaterOrEqual": torch.ge, "And": torch.logical_and,
     "Or": torch.logical_or, "Xor": torch.logical_xor,
 }  # fmt: skip
+COMPARISONS = ("Equal", "Less", "Greater", "LessOrEqual", "GreaterOrEqual")
 GATES: dict[Any, Callable[..., Tensor]] = {torch.sigmoid: F.silu, F.hardsigmoid: F.hardswish}
 
 
 @converts(*UNARY)
 def unary(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs) -> list[Value]:
+    if node.op_type == "IsNaN":  # of another type than its input
+        return [b.call(torch.isnan, b.live(first(inputs)))]
     return [b.elementwise(UNARY[node.op_type], b.live(first(inputs)))]
 
 
@@ -46,8 +50,19 @@ def binary(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs) -> l
     if node.op_type in ("Add", "Sub", "Mul", "Div"):
         function = getattr(operator, {"Add": "add", "Sub": "sub", "Mul": "mul", "Div": "truediv"}[node.op_type])
         if all(not isinstance(value, Live) or value.metas[0].is_floating_point() for value in operands):
-            return [b.broadcast(function, *operands)]
+            result = b.broadcast(function, *operands)
+            return [b.elementwise(torch.trunc, result) if node.op_type == "Div" and _of_integers(inputs) else result]
+    elif node.op_type != "Pow":  # torch compares with a number on the right alone, and joins no numbers
+        operands = [
+            operand if isinstance(operand, Live) or (at == 1 and node.op_type in COMPARISONS) else b.live(_given(value))
+            for at, (operand, value) in enumerate(zip(operands, inputs, strict=True))
+        ]
     return [b.call(function, *operands)]
+
+
+def _of_integers(inputs: Inputs) -> bool:
+    """Whether an operand shows that whole numbers are computed with: those of the image are held as floats."""
+    return any(isinstance(value, Known) and np.issubdtype(value.array.dtype, np.integer) for value in inputs)
 
 
 def _gated(b: Builder, one: Live | float, two: Live | float) -> Live | None:
@@ -72,7 +87,7 @@ def variadic(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs) ->
 
 def _operand(b: Builder, value: Value | None, among: Inputs) -> Live | float | int:
     """A number where it is one that broadcasts to nothing more than the others have."""
-    assert value is not None
+    value = _given(value)
     rank = max((other.rank for other in among if isinstance(other, Live)), default=0)
     if isinstance(value, Known | Stored):
         array = b.constant(value, "operand") if isinstance(value, Stored) or value.fixed else None
@@ -82,6 +97,11 @@ def _operand(b: Builder, value: Value | None, among: Inputs) -> Live | float | i
             single = array.reshape(-1)[0].item()
             return int(single) if isinstance(single, bool) else single
     return b.live(value)
+
+
+def _given(value: Value | None) -> Value:
+    assert value is not None
+    return value
 
 
 @converts("Identity", "CastLike")
@@ -103,6 +123,8 @@ def cast(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs) -> lis
         return [x if x.metas[0].is_floating_point() else b.call(as_float, x)]
     if a["to"] == TensorProto.BOOL:
         return [b.call(torch.ne, x, 0)]
+    if x.metas[0].dtype == torch.bool:  # which torch would not add up
+        return [b.call(as_float, x)]
     return [b.call(torch.trunc, x) if x.metas[0].is_floating_point() else x]
 
 
@@ -162,7 +184,12 @@ def scaled_elu(x: Tensor, alpha: float, gamma: float) -> Tensor:
 
 @converts("ThresholdedRelu")
 def thresholded_relu(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs) -> list[Value]:
-    return [b.elementwise(F.threshold, b.live(first(inputs)), a.get("alpha", 1.0), 0.0)]
+    return [b.elementwise(cut_below, b.live(first(inputs)), a.get("alpha", 1.0))]
+
+
+def cut_below(x: Tensor, alpha: float) -> Tensor:
+    """x where it is above alpha, else 0."""
+    return F.threshold(x, alpha, 0.0)
 
 
 @converts("PRelu")

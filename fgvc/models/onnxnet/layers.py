@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fgvc.models.onnxnet.convert import Builder, Refused, module_name
-from fgvc.models.onnxnet.elementwise import UNARY, linear_clamp
+from fgvc.models.onnxnet.elementwise import UNARY, cut_below, linear_clamp, scaled_elu
 from fgvc.models.onnxnet.registry import MICROSOFT, Attributes, Inputs, converts, first, text
 from fgvc.models.onnxnet.values import Known, Live, Size, Stored, Value
 from fgvc.models.onnxnet.windows import pad_input, window_pads
 
 CONVS: dict[int, Callable[..., nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+SMALLEST = 1e-37  # what stands for a length of 0: a vector of zeros stays one
 NORMS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 
 
@@ -68,16 +69,23 @@ def _convolved(
     return (size[0], channels, *((n + 2 * pad - d * (k - 1) - 1) // step + 1 for n, k, step, pad, d in each))
 
 
+FUSED_NUMBERS = ("activation_alpha", "activation_beta", "activation_gamma")
+ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], int]] = {  # and how many numbers they take
+    "Clip": (F.hardtanh, 2), "LeakyRelu": (F.leaky_relu, 1), "HardSigmoid": (linear_clamp, 2), "Elu": (F.elu, 1),
+    "Selu": (scaled_elu, 2), "ThresholdedRelu": (cut_below, 1),
+}  # fmt: skip
+
+
 def _activated(b: Builder, y: Live, a: Attributes) -> Live:
-    kind, numbers = text(a.get("activation", "")), list(a.get("activation_params", ()))
+    kind, numbers = text(a.get("activation", "")), list(a.get("activation_params", ()))  # those of FusedConv
+    numbers = numbers or [a[name] for name in FUSED_NUMBERS if name in a]  # of FusedGemm
     if not kind:
         return y
-    if kind == "Clip":
-        return b.elementwise(F.hardtanh, y, *numbers)
-    if kind == "LeakyRelu":
-        return b.elementwise(F.leaky_relu, y, *numbers)
-    if kind == "HardSigmoid":
-        return b.elementwise(linear_clamp, y, *numbers)
+    if kind in ACTIVATIONS:
+        function, expected = ACTIVATIONS[kind]
+        if len(numbers) != expected:
+            raise Refused(f"its activation is {kind!r} with {len(numbers)} numbers, not {expected}")
+        return b.elementwise(function, y, *numbers)
     if kind in UNARY:
         return b.elementwise(UNARY[kind], y)
     raise Refused(f"its activation is {kind!r}, which is not known here")
@@ -135,7 +143,10 @@ def conv_transpose(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inpu
     w = b.live(weight)
     kernel = tuple(w.shape[2:])
     pads = [*a.get("pads", (0,) * 2 * len(kernel))]
-    if text(a.get("auto_pad", "NOTSET")) != "NOTSET" or "output_shape" in a or pads[: len(kernel)] != pads[len(kernel) :]:
+    mode = text(a.get("auto_pad", "NOTSET"))
+    if mode not in ("NOTSET", "VALID") or "output_shape" in a:
+        raise Refused("its padding is computed from the size of its output, which is not known here")
+    if pads[: len(kernel)] != pads[len(kernel) :]:
         raise Refused("its padding is not the same on both sides")
     function = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}[len(kernel)]
     ones, zeros = (1,) * len(kernel), (0,) * len(kernel)
@@ -220,12 +231,9 @@ def skip_layer_norm(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inp
         total = b.call(operator.add, total, b.live(inputs[4]))
     shift = inputs[3] if len(inputs) > 3 else None
     normal = _layer_norm(b, node, total, inputs[2], shift, total.rank - 1, a.get("epsilon", 1e-12))
-    outputs: list[Value] = [normal]
-    for name in node.output[1:]:
-        if name and name != node.output[-1]:
-            raise Refused("its mean and deviation are read, too")
-        outputs.append(total)
-    return outputs
+    if any(b.consumers.get(name) or name in b.outputs for name in node.output[1:3] if name):
+        raise Refused("its mean and deviation are read, too")
+    return [normal, total, total, total]  # the last is the fourth output
 
 
 @converts("LRN")
@@ -236,7 +244,7 @@ def local_response_norm(b: Builder, node: onnx.NodeProto, a: Attributes, inputs:
 
 @converts("LpNormalization")
 def lp_norm(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs) -> list[Value]:
-    return [b.call(F.normalize, b.live(first(inputs)), float(a.get("p", 2)), a.get("axis", -1), 0.0)]
+    return [b.call(F.normalize, b.live(first(inputs)), float(a.get("p", 2)), a.get("axis", -1), SMALLEST)]
 
 
 @converts("Gemm")
@@ -268,6 +276,8 @@ def gemm(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs) -> lis
 def matmul(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs) -> list[Value]:
     """A linear layer where the right side is a matrix of the file, with the bias that alone follows it."""
     left, right = inputs
+    if a.get("transBatchA", 0) or a.get("transBatchB", 0):
+        raise Refused("its batch is transposed, which is not known here")
     assert left is not None
     assert right is not None
     plain = not (a.get("transA", 0) or a.get("transB", 0)) and a.get("alpha", 1.0) == 1.0

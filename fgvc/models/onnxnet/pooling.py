@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import onnx
@@ -31,26 +32,38 @@ def pool(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs) -> lis
     strides, dilations = tuple(a.get("strides", (1,) * len(kernel))), tuple(a.get("dilations", (1,) * len(kernel)))
     pads = window_pads(a, x.shape[2:], kernel, strides, dilations)
     ceil = bool(a.get("ceil_mode", 0))
-    if len([name for name in node.output if name]) > 1:
+    cut = partial(_without_empty, b, x.shape[2:], pads, strides) if ceil else lambda y: y
+    wide = [(dilation * (side - 1) + 1) // 2 for side, dilation in zip(kernel, dilations, strict=True)]  # torch pads no more
+    if any(b.consumers.get(name) or name in b.outputs for name in node.output[1:] if name):
         raise Refused("the places of its maxima are read, too")
     if node.op_type == "LpPool":
         raise Refused("LpPool is not known here")
     if node.op_type == "MaxPool":
-        x, padding = pad_input(b, x, pads, -math.inf)
+        x, padding = pad_input(b, x, pads, -math.inf, wide)
         function: Any = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}[len(kernel)]
-        return [b.call(function, x, kernel, strides, padding, dilations, ceil)]
+        return [cut(b.call(function, x, kernel, strides, padding, dilations, ceil))]
     inside = not a.get("count_include_pad", 0)
     if set(dilations) != {1}:
         raise Refused("an average over dilated windows is not known here")
     function = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}[len(kernel)]
-    if any(before != after for before, after in pads) and inside:
+    if inside and any(before != after or before > most for (before, after), most in zip(pads, wide, strict=True)):
         ones = b.call(torch.ones_like, x)
-        x, padding = pad_input(b, x, pads, 0.0)
-        ones, _ = pad_input(b, ones, pads, 0.0)
+        x, padding = pad_input(b, x, pads, 0.0, wide)
+        ones, _ = pad_input(b, ones, pads, 0.0, wide)
         over = [b.call(function, value, kernel, strides, padding, ceil) for value in (x, ones)]
-        return [b.call(operator.truediv, *over)]
-    x, padding = pad_input(b, x, pads, 0.0)
-    return [b.call(function, x, kernel, strides, padding, ceil, not inside)]
+        return [cut(b.call(operator.truediv, *over))]
+    x, padding = pad_input(b, x, pads, 0.0, wide)
+    return [cut(b.call(function, x, kernel, strides, padding, ceil, not inside))]
+
+
+def _without_empty(b: Builder, sides: Sequence[int], pads: Sequence[tuple[int, int]], strides: Sequence[int], y: Live) -> Live:
+    """Drop windows that begin behind the map of `sides`, in its padding: `ceil_mode` makes none of these, and torch does where
+    the padding is part of its input."""
+    for axis, (side, (before, _), stride) in enumerate(zip(sides, pads, strides, strict=True), start=2):
+        most = -(-(side + before) // stride)
+        if y.shape[axis] > most:
+            y = b.call(torch.narrow, y, axis, 0, most)
+    return y
 
 
 def reduce_l2(x: Tensor, axes: tuple[int, ...], keep: bool) -> Tensor:

@@ -16,6 +16,8 @@ from fgvc.models.onnxnet.convert import Builder, Refused, run_node
 from fgvc.models.onnxnet.registry import Attributes, Inputs, converts, first, number, numbers, text
 from fgvc.models.onnxnet.values import Known, Live, Size, Stored, Value
 
+EVERY = 2**31 - 1  # or more: the end of a slice that has no end
+
 
 @converts("Shape")
 def shape(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs) -> list[Value]:
@@ -168,13 +170,14 @@ def slice_(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs) -> l
     steps = numbers(b, a, "steps", inputs, 4) or [1] * len(starts)
     for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
         length = x.shape[axis]
-        if step < 0:
+        grows = x.metas[0].shape[axis] != x.metas[1].shape[axis]  # it is the batch's
+        if step < 0 and not grows:
             rows = list(range(length))[slice(start, end if end >= -length else None, step)]
             x = b.call(torch.index_select, x, axis % x.rank, b.live(Known((np.array(rows, np.int64),) * len(b.batches))))
             continue
-        if start == 0 and end >= length and step == 1:
+        if start == 0 and end >= (length if b.fixed or not grows else EVERY) and step == 1:
             continue
-        if x.metas[0].shape[axis] != x.metas[1].shape[axis]:
+        if grows:
             raise Refused("it takes some images of a batch")
         cut = (*(slice(None),) * (axis % x.rank), slice(start, end, step))
         x = b.call(operator.getitem, x, cut)
@@ -242,6 +245,8 @@ def pad(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs) -> list
         text(a.get("mode", "constant"))
     ]
     outermost = min(axis for axis, pair in sides.items() if any(pair))
+    if mode != "constant" and x.rank > 2:  # torch pads all places of a map in these modes, or its channels, too
+        outermost = min(outermost, 2)
     flat = [side for axis in range(x.rank - 1, outermost - 1, -1) for side in sides.get(axis, (0, 0))]
     if mode != "constant":
         return [b.call(F.pad, x, flat, mode)]
@@ -253,8 +258,9 @@ def resize(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs) -> l
     """Convert Resize: a product with a matrix along each axis, which is found by onnx's reference implementation from unit
     vectors."""
     x = b.live(first(inputs))
+    shape = tuple(x.shape)
     for axis in range(1, x.rank):
-        matrix = _resizing(b, node, a, inputs, x, axis)
+        matrix = _resizing(b, node, a, inputs, shape, axis)
         if matrix is not None:
             x = b.call(along, x, b.live(Known((matrix,) * len(b.batches)), name="resize"), axis)
     return [x]
@@ -265,22 +271,34 @@ def along(x: Tensor, matrix: Tensor, axis: int) -> Tensor:
     return torch.movedim(torch.movedim(x, axis, -1) @ matrix.to(x.dtype).T, -1, axis)
 
 
-def _resizing(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs, x: Live, axis: int) -> np.ndarray | None:
-    """Matrix (new, old) float32 of the resizing along an axis; None: that axis stays."""
-    length = x.shape[axis]
+def _resizing(
+    b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs, shape: Sequence[int], axis: int
+) -> np.ndarray | None:
+    """Matrix (new, old) float32 of the resizing along an axis of a map of this shape; None: that axis stays."""
+    length, rank = shape[axis], len(shape)
     old = node.op_type == "Upsample" or b.opsets.get("", 13) < 11  # inputs: x, scales (an attribute before opset 9)
     stated = inputs[1 if old else 2] if len(inputs) > (1 if old else 2) else None
     scales = np.array(a["scales"]) if "scales" in a else None if stated is None else b.constant(stated, "scale")
     sizes = b.sizes(inputs[3]) if len(inputs) > 3 and inputs[3] is not None else None
-    axes = list(a.get("axes", range(x.rank)))
+    axes = [each % rank for each in a.get("axes", range(rank))]
+    if text(a.get("coordinate_transformation_mode", "")) == "tf_crop_and_resize":
+        raise Refused("tf_crop_and_resize is not known here")
     if axis not in axes:
         return None
     at = axes.index(axis)
     if scales is not None and scales.size:
-        scale, new = float(scales[at]), math.floor(length * float(scales[at]))
+        scale = float(scales[at])
+        new = math.floor(np.float32(length) * np.float32(scale))  # in single precision: 5 x 1.4 is 7, not 6.9999999
     elif sizes is not None and isinstance(sizes[at], int):
         new = int(sizes[at])  # type: ignore[arg-type]
         scale = new / length
+        policy = text(a.get("keep_aspect_ratio_policy", "stretch"))
+        if policy != "stretch":
+            each = [size / shape[place] for size, place in zip(sizes, axes, strict=True) if isinstance(size, int)]
+            scale = min(each) if policy == "not_larger" else max(each)
+            new = round(scale * length)
+            if abs(scale * length - new) > 1e-6:
+                raise Refused(f"by {policy} it has a side of {scale * length:.2f}, which is rounded")
     else:
         raise Refused("its size is computed from the images")
     if new == length and scale == 1:
@@ -292,10 +310,12 @@ def _resizing(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs, x
         in ("coordinate_transformation_mode", "cubic_coeff_a", "exclude_outside", "nearest_mode", "antialias", "mode")
     }
     if old:
-        kept = {"mode": a.get("mode", "nearest"), "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+        nearest = "ceil" if node.op_type == "Resize" and scale < 1 else "floor"  # as onnxruntime has it for opset 10
+        kept = {"mode": a.get("mode", "nearest"), "coordinate_transformation_mode": "asymmetric", "nearest_mode": nearest}
     kept = {key: text(value) if isinstance(value, bytes) else value for key, value in kept.items()}
+    by_scale = scales is not None and scales.size > 0 and math.floor(length * scale) == new
     single = onnx.helper.make_node(
-        "Resize", ["x", "", "", "sizes"] if scales is None or not scales.size else ["x", "", "scales"], ["y"], **kept
+        "Resize", ["x", "", "scales"] if by_scale else ["x", "", "", "sizes"], ["y"], **kept
     )
     feed = {
         "x": np.eye(length, dtype=np.float32),

@@ -30,8 +30,12 @@ def window_pads(
     return pairs
 
 
-def pad_input(b: Builder, x: Live, pads: Sequence[tuple[int, int]], value: float) -> tuple[Live, tuple[int, ...]]:
-    """Pad the input where a layer can't do it by itself; returns the input and the padding that is left to the layer."""
-    if all(before == after for before, after in pads):
+def pad_input(
+    b: Builder, x: Live, pads: Sequence[tuple[int, int]], value: float, most: Sequence[float] | None = None
+) -> tuple[Live, tuple[int, ...]]:
+    """Pad the input where a layer can't do it by itself: it takes the same on both sides, and `most` at most. Returns the input
+    and the padding that is left to the layer."""
+    most = (math.inf,) * len(pads) if most is None else most
+    if all(before == after <= limit for (before, after), limit in zip(pads, most, strict=True)):
         return x, tuple(before for before, _ in pads)
     return b.call(F.pad, x, [side for pair in reversed(pads) for side in pair], "constant", value), (0,) * len(pads)
