@@ -13,9 +13,9 @@ import torch
 
 from fgvc import __version__
 from fgvc.config.techniques import GROUP
+from fgvc.runs.history import MACHINE
 
 PACKAGES = ("torch", "torchvision", "timm", "albumentations", "numpy", "pillow", "onnx", "onnxruntime", "onnxscript")
-MACHINE = ("system", "cpu", "cores", "accelerator")
 
 
 def environment() -> dict[str, Any]:

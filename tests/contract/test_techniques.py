@@ -26,7 +26,7 @@ from fgvc.reparam.plain import strip
 from fgvc.runs.build import build_net
 from fgvc.techniques.registry import build_technique
 from fgvc.training import trainer
-from tests.trained import Once, copied_at
+from tests.trained import Once, copied, copied_at
 
 NETS = {"cnn": "test_resnet", "vit": "test_vit"}
 KWARGS = {"cnn": {}, "vit": {"img_size": 64}}
@@ -50,7 +50,7 @@ def weights(run: Path, name: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(params=CASES, ids=lambda case: "-".join(map(str, case)), scope="module")
-def trained(request, boxed_few, once: Once, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path, Path, Path]:
+def trained(request, boxed_few, once: Once) -> tuple[Recipe, Path, Path, Path]:
     """One uninterrupted run, what a kill within its third epoch would have left, and its plain twin, made once for all the tests
     of a technique."""
     kind, net = request.param
@@ -63,10 +63,13 @@ def trained(request, boxed_few, once: Once, tmp_path_factory: pytest.TempPathFac
         if f"techniques.{kind}" not in str(error):  # a refusal names the technique
             raise
         pytest.skip(f"refused by name: {error}")
-    killed = tmp_path_factory.mktemp("killed") / "run"
-    with copied_at(8, killed):
-        run = trainer.train(own, killed.parent / "whole")
-    return own, run, killed, once.run(recipe(tree, None, net), name="plain")
+
+    def train(place: Path) -> None:
+        with copied_at(8, place / "killed"):
+            trainer.train(own, place / "whole")
+
+    made = once.made(f"contract/{kind}-{net}", train)
+    return own, made / "whole", made / "killed", once.run(recipe(tree, None, net), name="plain")
 
 
 def losses(run: Path) -> list[float]:
@@ -89,18 +92,18 @@ def test_it_changes_what_is_learned(trained) -> None:
         assert losses(run) != losses(plain)
 
 
-def test_killed_and_resumed_it_ends_with_the_same_bits(trained) -> None:
+def test_killed_and_resumed_it_ends_with_the_same_bits(trained, tmp_path: Path) -> None:
     recipe, run, killed, _ = trained
-    trainer.train(recipe, killed)
+    resumed = trainer.train(recipe, copied(killed, tmp_path))
     for name in ("net", "branches", "ema"):
-        again, once = weights(killed, name), weights(run, name)
+        again, once = weights(resumed, name), weights(run, name)
         assert again.keys() == once.keys()
         for key, value in once.items():
             assert torch.equal(value, again[key]), f"{name}: {key}"
-    states = [torch.load(place / "ckpt" / "last" / "state.pt", weights_only=True) for place in (run, killed)]
+    states = [torch.load(place / "ckpt" / "last" / "state.pt", weights_only=True) for place in (run, resumed)]
     for key, value in states[0]["optimizer"]["state"].items():
         torch.testing.assert_close(value, states[1]["optimizer"]["state"][key], rtol=0, atol=0)
-    assert losses(run) == losses(killed)
+    assert losses(run) == losses(resumed)
 
 
 def test_it_strips_to_the_plain_net_and_its_graph(trained) -> None:

@@ -85,6 +85,19 @@ def broken_momentum(session: Session) -> None:
     next(iter(session.optimizer.state.values()))["momentum_buffer"].fill_(INF)
 
 
+def break_step_8(monkeypatch: pytest.MonkeyPatch, breaks: Callable[[Session], None]) -> None:
+    """Let `breaks` change the session at the end of the eighth step."""
+    real = loop.optimizer_step
+
+    def broken(session: Session, *rest: object) -> object:
+        result = real(session, *rest)
+        if session.progress.step == 7:
+            breaks(session)
+        return result
+
+    monkeypatch.setattr(loop, "optimizer_step", broken)
+
+
 @pytest.mark.parametrize(
     ("breaks", "named"),
     [
@@ -99,15 +112,7 @@ def broken_momentum(session: Session) -> None:
 def test_what_breaks_in_a_step_ends_the_run_before_a_checkpoint(
     tmp_path: Path, recipe_tree: dict, monkeypatch: pytest.MonkeyPatch, breaks: Callable[[Session], None], named: str
 ) -> None:
-    real = loop.optimizer_step
-
-    def broken(session: Session, *rest: object) -> object:
-        result = real(session, *rest)
-        if session.progress.step == 7:
-            breaks(session)
-        return result
-
-    monkeypatch.setattr(loop, "optimizer_step", broken)
+    break_step_8(monkeypatch, breaks)
     config = recipe(recipe_tree, ema={"decay": 0.5}, techniques={"centre_loss": {}}, checkpoint={"every_steps": 4})
     with pytest.raises(FgvcError, match=named) as error:
         loop.train(config, tmp_path / "run")
@@ -155,15 +160,7 @@ def test_a_run_whose_every_step_fp16_skips_is_no_success(
 def test_a_run_that_broke_goes_on_from_its_newest_checkpoint_with_the_same_bits(
     tmp_path: Path, recipe_tree: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = loop.optimizer_step
-
-    def broken(session: Session, *rest: object) -> object:
-        result = real(session, *rest)
-        if session.progress.step == 7:
-            broken_statistic(session)
-        return result
-
-    monkeypatch.setattr(loop, "optimizer_step", broken)
+    break_step_8(monkeypatch, broken_statistic)
     with pytest.raises(FgvcError, match="running_var"):
         loop.train(recipe(recipe_tree), tmp_path / "run")
     monkeypatch.undo()

@@ -54,7 +54,7 @@ def binary(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs) -> l
             return [b.elementwise(torch.trunc, result) if node.op_type == "Div" and _of_integers(inputs) else result]
     elif node.op_type != "Pow":  # torch compares with a number on the right alone, and joins no numbers
         operands = [
-            operand if isinstance(operand, Live) or (at == 1 and node.op_type in COMPARISONS) else b.live(_given(value))
+            operand if isinstance(operand, Live) or (at == 1 and node.op_type in COMPARISONS) else b.live(first([value]))
             for at, (operand, value) in enumerate(zip(operands, inputs, strict=True))
         ]
     return [b.call(function, *operands)]
@@ -87,7 +87,7 @@ def variadic(b: Builder, node: onnx.NodeProto, a: Attributes, inputs: Inputs) ->
 
 def _operand(b: Builder, value: Value | None, among: Inputs) -> Live | float | int:
     """A number where it is one that broadcasts to nothing more than the others have."""
-    value = _given(value)
+    value = first([value])
     rank = max((other.rank for other in among if isinstance(other, Live)), default=0)
     if isinstance(value, Known | Stored):
         array = b.constant(value, "operand") if isinstance(value, Stored) or value.fixed else None
@@ -97,11 +97,6 @@ def _operand(b: Builder, value: Value | None, among: Inputs) -> Live | float | i
             single = array.reshape(-1)[0].item()
             return int(single) if isinstance(single, bool) else single
     return b.live(value)
-
-
-def _given(value: Value | None) -> Value:
-    assert value is not None
-    return value
 
 
 @converts("Identity", "CastLike")
